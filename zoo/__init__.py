@@ -1,0 +1,104 @@
+"""zoo: find, build, scale, train, fine-tune, measure and ship efficient models.
+
+import zoo
+model = zoo.create_model("efficientvit_m5", pretrained=True)
+
+Importing this package loads neither torch nor timm: every public name below is fetched from its module on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_PUBLIC = {
+    "ConfigError": "zoo.errors",
+    "DataError": "zoo.errors",
+    "MissingExtraError": "zoo.errors",
+    "RecipeError": "zoo.errors",
+    "TrainingError": "zoo.errors",
+    "UnknownModelError": "zoo.errors",
+    "WeightsError": "zoo.errors",
+    "ZooError": "zoo.errors",
+    "ImageConfig": "zoo.config",
+    "ModelConfig": "zoo.config",
+    "axis": "zoo.config",
+    "config_from_dict": "zoo.registry",
+    "config_from_json": "zoo.registry",
+    "Family": "zoo.registry",
+    "get_config": "zoo.registry",
+    "is_model": "zoo.registry",
+    "list_models": "zoo.registry",
+    "register": "zoo.registry",
+    "build": "zoo.factory",
+    "create_model": "zoo.factory",
+    "convert_state_dict": "zoo.pretrained.convert",
+    "get_weights": "zoo.pretrained.manifest",
+    "list_weights": "zoo.pretrained.manifest",
+    "load_recipe": "zoo.train.recipe",
+}
+
+if TYPE_CHECKING:
+    from zoo.config import ImageConfig, ModelConfig, axis
+    from zoo.errors import (
+        ConfigError,
+        DataError,
+        MissingExtraError,
+        RecipeError,
+        TrainingError,
+        UnknownModelError,
+        WeightsError,
+        ZooError,
+    )
+    from zoo.factory import build, create_model
+    from zoo.pretrained.convert import convert_state_dict
+    from zoo.pretrained.manifest import get_weights, list_weights
+    from zoo.registry import (
+        Family,
+        config_from_dict,
+        config_from_json,
+        get_config,
+        is_model,
+        list_models,
+        register,
+    )
+    from zoo.train.recipe import load_recipe
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "Family",
+    "ImageConfig",
+    "MissingExtraError",
+    "ModelConfig",
+    "RecipeError",
+    "TrainingError",
+    "UnknownModelError",
+    "WeightsError",
+    "ZooError",
+    "__version__",
+    "axis",
+    "build",
+    "config_from_dict",
+    "config_from_json",
+    "convert_state_dict",
+    "create_model",
+    "get_config",
+    "get_weights",
+    "is_model",
+    "list_models",
+    "list_weights",
+    "load_recipe",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

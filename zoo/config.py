@@ -1,0 +1,172 @@
+"""Model configs: frozen dataclasses that hold the numbers of a paper's table, and nothing callable. Imports no torch."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from zoo.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What scaling needs to know of a config field: which dimension it is, and what its values must be multiples of."""
+
+    dimension: str  # "depth", "width" or "resolution"
+    multiple_of: int = 1
+
+
+def axis(dimension: str, default: Any, *, multiple_of: int = 1) -> Any:
+    """A dataclass field that scaling rules may change.
+
+    Args:
+        dimension: ``"depth"``, ``"width"`` or ``"resolution"``.
+        default: The field's default value.
+        multiple_of: What a scaled value is rounded to a multiple of.
+    """
+    return field(default=default, metadata={"axis": Axis(dimension, multiple_of)})
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _conforms(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` fits a config field's annotation: int, float, bool, str, None, tuples and unions of these."""
+    origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return any(_conforms(value, option) for option in typing.get_args(annotation))
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        options = typing.get_args(annotation)
+        if len(options) == 2 and options[1] is Ellipsis:
+            return all(_conforms(item, options[0]) for item in value)
+        return len(value) == len(options) and all(map(_conforms, value, options))
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _show(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Base of every family's config. Immutable, hashable, and equal after a trip through JSON.
+
+    Lists become tuples on construction. Subclasses check their numbers in :meth:`validate`.
+
+    Raises:
+        ConfigError: If a value has the wrong type or the values do not fit together.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in fields(self):
+            value = _freeze(getattr(self, spec.name))
+            if not _conforms(value, hints[spec.name]):
+                raise ConfigError(
+                    f"{type(self).__name__}.{spec.name} is {value!r}; expected {_show(hints[spec.name])}."
+                )
+            # 1 and 1.0 are equal but print differently: a float field always holds a float, so that JSON round-trips.
+            if hints[spec.name] is float:
+                value = float(value)
+            object.__setattr__(self, spec.name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise :class:`ConfigError` when the numbers do not make a network. Subclasses extend this."""
+
+    def override(self, **changes: Any) -> Self:
+        """A copy with some fields replaced.
+
+        Raises:
+            ConfigError: For a name that is not a field (with the nearest ones) or a value that does not fit.
+        """
+        names = [spec.name for spec in fields(self)]
+        for name in changes:
+            if name not in names:
+                raise ConfigError(f"{type(self).__name__} has no field {name!r}.{nearest(name, names)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values by field name, tuples as tuples."""
+        return {spec.name: getattr(self, spec.name) for spec in fields(self)}
+
+    def to_json(self) -> str:
+        """JSON with the family's name under ``"family"``; :func:`zoo.config_from_json` reads it back."""
+        from zoo.registry import family_of
+
+        return json.dumps({"family": family_of(self).name, **self.to_dict()})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`; lists are taken for tuples."""
+        names = [spec.name for spec in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise ConfigError(f"{cls.__name__} has no field {name!r}.{nearest(name, names)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(ModelConfig):
+    """The fields that every image model has."""
+
+    img_size: int | tuple[int, int] = axis("resolution", 224)  # pixels: a side, or (height, width)
+    in_chans: int = 3
+    num_classes: int = 1000  # 0: no classifier, the model returns pooled features
+    global_pool: str = "avg"  # "avg", "max", or "" for none (needs num_classes=0)
+    drop_rate: float = 0.0  # dropout before the classifier
+    drop_path_rate: float = 0.0  # stochastic depth of the last block; earlier blocks get linearly less
+
+    @property
+    def input_hw(self) -> tuple[int, int]:
+        """Nominal input (height, width) in pixels."""
+        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+
+    @property
+    def min_input_side(self) -> int:
+        """The smallest side in pixels that the network can stride down; families with a deeper stem raise it."""
+        return 32
+
+    def validate(self) -> None:
+        super().validate()
+        name = type(self).__name__
+        if self.in_chans < 1:
+            raise ConfigError(f"{name}.in_chans is {self.in_chans}; expected at least 1 (3 for RGB).")
+        if self.num_classes < 0:
+            raise ConfigError(f"{name}.num_classes is {self.num_classes}; expected 0 (no classifier) or more.")
+        if min(self.input_hw) < self.min_input_side:
+            raise ConfigError(
+                f"{name}.img_size is {self.img_size}; expected at least {self.min_input_side} pixels on each side."
+            )
+        if self.global_pool not in ("avg", "max", ""):
+            raise ConfigError(f"{name}.global_pool is {self.global_pool!r}; expected 'avg', 'max' or ''.")
+        if not self.global_pool and self.num_classes:
+            raise ConfigError(f"{name}.global_pool is ''; a classifier needs pooled features, or num_classes=0.")
+        for rate in ("drop_rate", "drop_path_rate"):
+            if not 0.0 <= getattr(self, rate) < 1.0:
+                raise ConfigError(f"{name}.{rate} is {getattr(self, rate)}; expected 0 <= rate < 1.")
+
+    def check_same_length(self, *names: str) -> None:
+        """Raise when these per-stage tuples differ in length."""
+        lengths = {name: len(getattr(self, name)) for name in names}
+        if len(set(lengths.values())) > 1:
+            described = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise ConfigError(f"{type(self).__name__}: {described}; expected one entry per stage in each.")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise when one of these numbers, or an entry of one of these tuples, is not positive."""
+        for name in names:
+            value = getattr(self, name)
+            for entry in value if isinstance(value, tuple) else (value,):
+                if entry <= 0:
+                    raise ConfigError(f"{type(self).__name__}.{name} is {value}; expected positive numbers.")

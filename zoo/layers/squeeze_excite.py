@@ -1,0 +1,27 @@
+"""Squeeze-and-excitation."""
+
+from torch import Tensor, nn
+
+
+def make_divisible(value: float, divisor: int = 8, *, round_limit: float = 0.9) -> int:
+    """Round to the nearest multiple of ``divisor``, never below ``round_limit`` of the value (MobileNet's rule)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < round_limit * value else rounded
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from its global mean: ``[B, C, H, W] -> [B, C, H, W]``.
+
+    Source: arXiv:1709.01507. The hidden width is ``channels * ratio`` rounded to a multiple of 8, as in timm.
+    """
+
+    def __init__(self, channels: int, *, ratio: float) -> None:
+        super().__init__()
+        hidden = make_divisible(channels * ratio, round_limit=0.0)
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        return x * self.fc2(self.act(self.fc1(gate))).sigmoid()

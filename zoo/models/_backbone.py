@@ -1,0 +1,220 @@
+"""The timm-facing half of every image model: features, head, classifier, checkpointing, fusing.
+
+A family's model sets up its stem, ``stages`` and head and calls :meth:`Backbone.finish`; everything that timm's users
+expect of a model (``timm/tests/test_models.py`` is the contract) is here, once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.config import ImageConfig
+from zoo.errors import ConfigError
+from zoo.layers import GlobalPool, fuse_batch_norm
+
+
+class Backbone(nn.Module):
+    """Base of the image models: ``[B, in_chans, H, W]`` float -> logits ``[B, num_classes]``.
+
+    Subclasses provide ``stages`` (an ``nn.Sequential`` whose members are the feature levels), :meth:`forward_stem`,
+    :meth:`make_head` and, where there is something between the last stage and the pooling, :meth:`forward_norm`.
+
+    Attributes:
+        config: The config this was built from.
+        num_classes: Classes of the current classifier, 0 for none.
+        num_features: Channels of ``forward_features``.
+        head_hidden_size: Width of ``forward_head(..., pre_logits=True)``.
+        feature_info: Per level, a dict with ``num_chs``, ``reduction`` (stride) and ``module``.
+        pretrained_cfg, default_cfg: timm's description of input and head; ``create_model`` fills it in.
+    """
+
+    stages: nn.Sequential
+    head: nn.Module
+
+    def finish(self, config: ImageConfig, *, widths: tuple[int, ...], reductions: tuple[int, ...]) -> None:
+        """Set the attributes above and build the pooling and the head. Call last in ``__init__``."""
+        self.config = config
+        self.in_chans = config.in_chans
+        self.num_classes = config.num_classes
+        self.drop_rate = config.drop_rate
+        self.grad_checkpointing = False
+        self.feature_info = [
+            {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
+        ]
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.global_pool = GlobalPool(config.global_pool)
+        self.head = self.make_head(config.num_classes)
+        self.pretrained_cfg: dict[str, Any] = {}
+        self.default_cfg = self.pretrained_cfg
+
+    # What a family provides.
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """Pixels ``[B, in_chans, H, W]`` to the input of the first stage."""
+        raise NotImplementedError
+
+    def forward_norm(self, x: Tensor) -> Tensor:
+        """What comes after the last stage and before pooling; nothing by default."""
+        return x
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        """A fresh classifier on ``num_features`` channels; the identity for 0 classes."""
+        return nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    # The forward pass.
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Unpooled features ``[B, num_features, H / stride, W / stride]``."""
+        x = self.forward_stem(x)
+        for stage in self.stages:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(stage, x, use_reentrant=False)
+            else:
+                x = stage(x)
+        return self.forward_norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits ``[B, num_classes]``, or to pooled features ``[B, head_hidden_size]``."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of chosen stages, as in timm.
+
+        Args:
+            x: Images ``[B, in_chans, H, W]``.
+            indices: The last n levels, a list of levels (negative from the end), or None for all.
+            norm: Apply the final norm to the last level, where the family has one.
+            stop_early: Leave out the stages after the last chosen level.
+            output_fmt: Only ``"NCHW"``.
+            intermediates_only: Return just the list.
+
+        Returns:
+            ``(final features, [levels])``, or the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ConfigError(f"output_fmt is {output_fmt!r}; expected 'NCHW'.")
+        chosen = take_indices(len(self.feature_info), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        x = self.forward_stem(x)
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max(chosen):
+                break
+            x = checkpoint(stage, x, use_reentrant=False) if self.grad_checkpointing else stage(x)
+            if i in chosen:
+                intermediates.append(self.forward_norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        return self.forward_norm(x), intermediates
+
+    # Changing a built model.
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages and the head that the chosen levels do not need; returns the levels kept, from 0."""
+        chosen = take_indices(len(self.feature_info), indices)
+        shortened = max(chosen) < len(self.stages) - 1
+        self.stages = self.stages[: max(chosen) + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[max(chosen)]["num_chs"]
+        if prune_norm or shortened:
+            self.prune_norm()
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return chosen
+
+    def prune_norm(self) -> None:
+        """Remove what :meth:`forward_norm` applies; nothing by default."""
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer that makes the logits (the identity when there is none)."""
+        return getattr(self.head, "linear", self.head)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a freshly initialised classifier in place, on the same device and in the same dtype.
+
+        Args:
+            num_classes: 0 for none.
+            global_pool: ``"avg"``, ``"max"`` or ``""``; None keeps the current one.
+        """
+        changes: dict[str, Any] = {"num_classes": num_classes}
+        if global_pool is not None:
+            changes["global_pool"] = global_pool
+        self.config = self.config.override(**changes)  # raises for a combination that makes no sense
+        if global_pool is not None:
+            self.global_pool = GlobalPool(global_pool).train(self.training)
+        self.num_classes = num_classes
+        parameter = next(self.parameters())
+        self.head = self.make_head(num_classes).to(parameter.device, parameter.dtype).train(self.training)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each stage in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's description of the layers in order, for layer-wise learning rates."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        return set()
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the model one built for this size, its position-dependent tables resampled."""
+        self.config = self.config.override(img_size=img_size)
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise every parameter and buffer in place, for a model built on the meta device and ``to_empty``."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    @torch.jit.ignore
+    def fuse(self) -> "Backbone":
+        """Fold every batch norm into its convolution or linear layer, in place and for good; for inference only.
+
+        The folded weights are formed in float64 and rounded once, so outputs agree to float32 rounding. Training mode
+        is switched off: a folded batch norm has no batch statistics.
+        """
+        self.eval()
+        fuse_batch_norm(self)
+        return self
+
+
+def take_indices(count: int, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
+    """Feature levels to take out of ``count``: the last n for an int, all for None, negative ones from the end.
+
+    Raises:
+        ConfigError: If a level is out of range.
+    """
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        if not 0 < indices <= count:
+            raise ConfigError(f"out_indices={indices} asks for the last {indices} levels; expected 1 to {count}.")
+        return list(range(count - indices, count))
+    for index in indices:
+        if not -count <= index < count:
+            raise ConfigError(f"out_indices has {index}; expected {-count} to {count - 1} ({count} feature levels).")
+    return [index % count for index in indices]
