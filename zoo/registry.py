@@ -1,4 +1,4 @@
-"""Families, their variants, and finding them by name. Imports no torch: a family's module loads when it is asked for."""
+"""Families, their variants, and finding them by name. Imports no torch: families load when they are asked for."""
 
 import fnmatch
 import json

@@ -1,4 +1,4 @@
-"""Where the data folders are: ``recipes/`` and ``weights/`` of a checkout, or their copies inside an installed wheel."""
+"""Where the data folders are: ``recipes/`` and ``weights/`` of a checkout, or their copies in an installed wheel."""
 
 from pathlib import Path
 

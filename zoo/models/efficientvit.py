@@ -4,8 +4,8 @@ Paper: arXiv:2305.07027 (CVPR 2023). Original code: github.com/microsoft/Cream @
 Parameter names are timm's, so that its weights on the Hub load as they are. Not to be confused with the EfficientViT of
 the MIT HAN lab (arXiv:2205.14756).
 
-Differs from the original: any input size, square or not; a model also runs at sizes other than the one it was built for,
-where windows are zero-padded as the original pads maps that its window does not divide.
+Differs from the original: any input size, square or not; a model also runs at sizes other than the one it was built
+for, where windows are zero-padded as the original pads maps that its window does not divide.
 """
 
 from dataclasses import dataclass
