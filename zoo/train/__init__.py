@@ -1,0 +1,1 @@
+"""Training: a recipe says what, one engine does it, a run folder holds all of it."""

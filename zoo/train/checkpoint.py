@@ -1,0 +1,82 @@
+"""Checkpoints: one safetensors file with everything that resuming needs, so that one rename makes it current.
+
+Tensors are ``model.*``, ``ema.*`` and ``optimizer.<parameter index>.<name>``; the header's metadata holds the progress as
+JSON. No pickle is written or read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from zoo.atomic import save_safetensors
+from zoo.errors import TrainingError, WeightsError
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+) -> None:
+    """Write atomically: after a kill at any instant, ``path`` is the previous checkpoint or this one.
+
+    Raises:
+        TrainingError: If it cannot be written (a full disk); the previous checkpoint is kept.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if ema is not None:
+        tensors.update((f"ema.{name}", tensor) for name, tensor in ema.state_dict().items())
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors.update((f"optimizer.{index}.{name}", torch.as_tensor(value)) for name, value in state.items())
+    write(path, tensors, {"zoo_progress": json.dumps(progress)})
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        TrainingError: If it cannot be written; what was there before is kept.
+    """
+    try:
+        save_safetensors(tensors, path, metadata)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TrainingError(f"Cannot write {path}: {reason}. The previous checkpoint, if any, is kept.") from error
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Restore model, average and optimiser in place and return the progress that was saved with them.
+
+    Raises:
+        WeightsError: If the file is damaged or belongs to another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads((file.metadata() or {})["zoo_progress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise WeightsError(f"{path} is not a training checkpoint of zoo, or is damaged: {error}.") from error
+    try:
+        model.load_state_dict(_part(tensors, "model."))
+        if ema is not None:
+            ema.load_state_dict(_part(tensors, "ema."))
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit this run's model: {str(error).splitlines()[-1].strip()}") from error
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in _part(tensors, "optimizer.").items():
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)]
+        # In the parameter's own memory layout, so that the arithmetic is the uninterrupted run's to the last bit.
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return progress
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

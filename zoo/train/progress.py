@@ -1,0 +1,82 @@
+"""A progress bar with throughput and time left on a terminal; one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+if TYPE_CHECKING:
+    from zoo.train.engine import _Run
+
+
+class Progress:
+    """Shows how far a run is."""
+
+    def __init__(self, run: _Run, *, quiet: bool) -> None:
+        self.run = run
+        self.console = Console(quiet=quiet)
+        self.bar = Bar(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} samples/s"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal or "CI" in os.environ,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.first = 0  # step at which the current epoch began
+        self.resumed_at = 0  # step at which this sitting's part of the epoch began
+        self.started = 0.0
+        self.last_rate = 0.0
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+
+    @property
+    def samples_per_step(self) -> int:
+        train = self.run.recipe.train
+        return train.batch_size * train.accumulate * self.run.accelerator.num_processes
+
+    def start_epoch(self, epoch: int, first: int) -> None:
+        """Called before the first step of an epoch; ``first`` of its steps are done already."""
+        epochs = self.run.recipe.schedule.epochs
+        if self.task is None:
+            total = epochs * self.run.steps_per_epoch
+            self.task = self.bar.add_task("", total=total, completed=self.run.step, epoch="", loss="-", rate="-")
+        self.bar.update(self.task, epoch=f"{epoch + 1}/{epochs}")
+        self.first, self.started = self.run.step - first, time.perf_counter()
+        self.resumed_at = self.run.step
+
+    def advance(self, loss_sum: float, learning_rate: float) -> None:
+        """Called after every step."""
+        assert self.task is not None
+        done = self.run.step - self.first
+        self.bar.update(self.task, completed=self.run.step, loss=f"{loss_sum / done:.4f}", rate=f"{self._rate():.0f}")
+
+    def end_epoch(self) -> None:
+        """Called after the last step of an epoch, before its evaluation."""
+        self.last_rate = self._rate()
+
+    def finish_epoch(self, row: dict[str, float]) -> None:
+        """Called with an epoch's metrics."""
+        parts = [f"epoch {int(row['epoch'])}/{self.run.recipe.schedule.epochs}", f"loss {row['train_loss']:.4f}"]
+        parts.append(f"held-out top-1 {row['val_top1']:.2f} %")
+        if "ema_top1" in row:
+            parts.append(f"averaged weights {row['ema_top1']:.2f} %")
+        parts.append(f"{self.last_rate:.0f} samples/s")
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+    def _rate(self) -> float:
+        steps = self.run.step - self.resumed_at
+        return steps * self.samples_per_step / max(time.perf_counter() - self.started, 1e-9)

@@ -1,0 +1,307 @@
+"""Recipes: TOML files that say what is trained on what, and how. Imports no torch.
+
+A recipe is resolved into a checked :class:`Recipe`; every unknown key and every wrong type is reported at once, with the
+nearest valid key. A recipe may name one other as its ``base``, whose values it overrides.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import RecipeError, require
+from zoo.resources import folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is trained."""
+
+    name: str = ""  # a variant, or variant.tag for its weights
+    pretrained: bool = False
+    checkpoint: str = ""  # a safetensors file to start from instead
+    overrides: dict[str, Any] = field(default_factory=dict)  # config fields: drop_path_rate, img_size, ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What it is trained on."""
+
+    name: str = ""  # "digits", a folder, a parquet file, or a Hub data set as owner/name
+    root: str = ""  # a local copy that stands for the name
+    train_split: str = "train"
+    test_split: str = ""  # evaluated by `zoo eval`; empty: the held-out part is all there is
+    holdout: float = 0.1  # share of the training split held out, stratified, for validation while training
+    workers: int = 1  # processes that decode and augment
+    crop_pct: float = 0.0  # share of the resized picture that evaluation sees; 0: as the weights were trained
+    interpolation: str = ""  # "bicubic", "bilinear" or "nearest"; empty: as the weights were trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """How training pictures are varied: the parts are timm's."""
+
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the picture's area that a random crop takes
+    ratio: tuple[float, float] = (0.75, 1.3333333333333333)  # its width over its height
+    hflip: float = 0.5  # probability of a mirror image
+    color_jitter: float = 0.0  # strength; not used together with auto_augment
+    auto_augment: str = ""  # timm's notation, for example "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.0  # probability of erasing a random rectangle
+    mixup: float = 0.0  # alpha of the beta distribution; 0 for none
+    cutmix: float = 0.0
+    smoothing: float = 0.0  # of the labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """The optimiser, by timm's name for it."""
+
+    name: str = "adamw"
+    lr: float = 1e-3  # at the global batch of the recipe
+    weight_decay: float = 0.05
+    momentum: float = 0.9  # of SGD
+    layer_decay: float = 1.0  # learning rate of each layer over that of the one after it
+    clip: float = 0.0  # 0 for none
+    clip_mode: str = "norm"  # "norm", "value", or "agc" for adaptive gradient clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over time: linear warm-up, then a cosine; set at every step."""
+
+    epochs: int = 10
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How the loop runs."""
+
+    batch_size: int = 128  # samples per process and forward pass
+    accumulate: int = 1  # forward passes per optimiser step
+    precision: str = "fp32"  # "fp32", "bf16" or "fp16"
+    channels_last: bool = True
+    ema: float = 0.0  # decay of the averaged weights, with timm's warm-up; 0 for none
+    keep: str = "best"  # which epoch's weights become model.safetensors: "best" on the held-out part, or "last"
+    save_steps: int = 0  # also checkpoint every so many optimiser steps, besides after every epoch
+    tensorboard: bool = True
+    from_scratch: bool = False  # train once more without pretrained weights, and compare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A resolved recipe. Written into every run folder, from which alone a run can be resumed and evaluated."""
+
+    task: str = "image-classification"
+    seed: int = 0
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return dataclasses.asdict(self)
+
+    def to_toml(self) -> str:
+        """The whole recipe, every value explicit."""
+        return require("tomli_w", extra="train", why="Writing a recipe").dumps(self.to_dict())
+
+    def replace(self, **values: Any) -> "Recipe":
+        """A copy with some values replaced, by dotted name: ``replace(**{"model.pretrained": False})``."""
+        merged = self.to_dict()
+        for key, value in values.items():
+            _set(merged, key, value)
+        return resolve(merged, "recipe")
+
+
+def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, merge with its base, override and check a recipe.
+
+    Args:
+        recipe: A TOML file, or the name of one that zoo ships (``"quickstart"``, ``"cifar10/efficientvit_m0"``).
+        overrides: ``"section.key=value"`` strings; the value is TOML, or else taken as text.
+
+    Raises:
+        RecipeError: If it cannot be found or parsed, or has unknown keys or wrong values (all are listed).
+    """
+    path = find_recipe(recipe)
+    values = _read(path)
+    if "base" in values:
+        base_name = values.pop("base")
+        sibling = path.parent / f"{str(base_name).removesuffix('.toml')}.toml"
+        base_path = sibling if sibling.is_file() else find_recipe(base_name)
+        base = _read(base_path)
+        if "base" in base:
+            raise RecipeError(f"{path}: its base {base_path} has a base itself; one level is all there is.")
+        values = _merge(base, values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise RecipeError(f"Override {override!r} has no '='; expected section.key=value, such as optim.lr=1e-3.")
+        _set(values, key.strip(), _parse_value(text.strip()))
+    return resolve(values, str(path))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe given as a path or as the name of one that zoo ships."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    name = str(recipe).removesuffix(".toml").removeprefix("recipes/")
+    shipped = folder("recipes") / f"{name}.toml"
+    if shipped.is_file():
+        return shipped
+    matches = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.4) or list_recipes()
+    raise RecipeError(f"No recipe {str(recipe)!r}: neither a file nor a name. Nearest: {', '.join(matches)}.")
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that zoo ships."""
+    root = folder("recipes")
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+
+
+def resolve(values: Mapping[str, Any], origin: str) -> Recipe:
+    """A checked :class:`Recipe` from nested values; ``origin`` begins the error message.
+
+    Raises:
+        RecipeError: Naming every unknown key and every value of the wrong type or range.
+    """
+    problems: list[str] = []
+    recipe = _build(Recipe, values, "", problems)
+    if not problems:
+        problems = _check(recipe)
+    if problems:
+        raise RecipeError(f"{origin}: {'; '.join(problems)}.")
+    return recipe
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {spec.name for spec in fields(cls)}
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{prefix}{key}"
+        if key not in known:
+            close = difflib.get_close_matches(where, _all_keys(), n=2, cutoff=0.5)
+            problems.append(f"unknown key {where}" + (f" (did you mean {' or '.join(close)}?)" if close else ""))
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, Mapping):
+                arguments[key] = _build(typing.cast(type, hints[key]), value, f"{where}.", problems)
+            else:
+                problems.append(f"{where} is {value!r}, expected a table")
+        else:
+            try:
+                arguments[key] = _coerce(value, hints[key])
+            except TypeError:
+                problems.append(f"{where} is {value!r}, expected {_describe(hints[key])}")
+    return cls(**arguments)
+
+
+def _coerce(value: Any, annotation: Any) -> Any:
+    """``value`` as the annotation wants it: integers serve as floats and lists as tuples; else TypeError."""
+    if typing.get_origin(annotation) is tuple:
+        kinds = typing.get_args(annotation)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            raise TypeError
+        return tuple(_coerce(item, kind) for item, kind in zip(value, kinds, strict=True))
+    if typing.get_origin(annotation) is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return dict(value)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+        raise TypeError
+    return value
+
+
+def _describe(annotation: Any) -> str:
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    return words.get(annotation, str(annotation) if isinstance(annotation, types.GenericAlias) else str(annotation))
+
+
+def _check(recipe: Recipe) -> list[str]:
+    """What a type alone does not say."""
+    rules = [
+        (bool(recipe.model.name), "model.name is empty, expected a model (`zoo list` shows them)"),
+        (bool(recipe.data.name), "data.name is empty, expected a data set"),
+        (recipe.seed >= 0, f"seed is {recipe.seed}, expected 0 or more"),
+        (recipe.task == "image-classification", f"task is {recipe.task!r}, expected 'image-classification'"),
+        (not (recipe.model.pretrained and recipe.model.checkpoint), "model has both pretrained and checkpoint"),
+        (recipe.schedule.epochs >= 1, f"schedule.epochs is {recipe.schedule.epochs}, expected 1 or more"),
+        (
+            0 <= recipe.schedule.warmup_epochs < max(recipe.schedule.epochs, 1),
+            f"schedule.warmup_epochs is {recipe.schedule.warmup_epochs}, expected less than schedule.epochs",
+        ),
+        (recipe.train.batch_size >= 1, f"train.batch_size is {recipe.train.batch_size}, expected 1 or more"),
+        (recipe.train.accumulate >= 1, f"train.accumulate is {recipe.train.accumulate}, expected 1 or more"),
+        (recipe.train.save_steps >= 0, f"train.save_steps is {recipe.train.save_steps}, expected 0 or more"),
+        (recipe.data.workers >= 0, f"data.workers is {recipe.data.workers}, expected 0 or more"),
+        (recipe.optim.lr > 0, f"optim.lr is {recipe.optim.lr}, expected more than 0"),
+        (0 < recipe.data.holdout < 1, f"data.holdout is {recipe.data.holdout}, expected between 0 and 1"),
+        (0 <= recipe.train.ema < 1, f"train.ema is {recipe.train.ema}, expected 0 <= ema < 1"),
+        (0 <= recipe.augment.smoothing < 1, f"augment.smoothing is {recipe.augment.smoothing}, expected 0 to 1"),
+    ]
+    choices = {
+        "train.precision": (recipe.train.precision, ("fp32", "bf16", "fp16")),
+        "train.keep": (recipe.train.keep, ("best", "last")),
+        "optim.clip_mode": (recipe.optim.clip_mode, ("norm", "value", "agc")),
+    }
+    problems = [problem for holds, problem in rules if not holds]
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            problems.append(f"{key} is {value!r}, expected one of {', '.join(allowed)}")
+    return problems
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for spec in fields(Recipe):
+        keys.append(spec.name)
+        kind = typing.get_type_hints(Recipe)[spec.name]
+        if dataclasses.is_dataclass(kind):
+            keys += [f"{spec.name}.{inner.name}" for inner in fields(kind)]
+    return keys
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = values.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"Override {key!r}: {parent!r} is not a table.")
+        values = inner
+    values[last] = value
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # plain words need no quotes on a command line

@@ -1,0 +1,49 @@
+"""Pictures of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import require
+
+
+def plot_curves(
+    history: list[dict[str, float]], path: Path, *, other: dict[str, list[dict[str, float]]] | None = None
+) -> None:
+    """Loss and held-out accuracy by epoch, as a PNG.
+
+    Args:
+        history: A row an epoch, as in ``metrics.csv``.
+        path: Where to write.
+        other: Histories of other runs to draw beside it, by name.
+    """
+    pyplot = _pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, (name, rows) in enumerate({"": history, **(other or {})}.items()):
+        epochs = [row["epoch"] for row in rows]
+        style: dict[str, Any] = {"linestyle": "-" if i == 0 else "--", "marker": "." if len(rows) == 1 else None}
+        prefix = f"{name}: " if name else ""
+        left.plot(epochs, [row["train_loss"] for row in rows], color="C0", label=f"{prefix}training", **style)
+        left.plot(epochs, [row["val_loss"] for row in rows], color="C1", label=f"{prefix}held out", **style)
+        right.plot(epochs, [row["val_top1"] for row in rows], color="C1", label=f"{prefix}held out", **style)
+        if rows and "ema_top1" in rows[0]:
+            left.plot(epochs, [row["ema_loss"] for row in rows], color="C2", label=f"{prefix}averaged weights", **style)
+            right.plot(
+                epochs, [row["ema_top1"] for row in rows], color="C2", label=f"{prefix}averaged weights", **style
+            )
+    left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
+    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    matplotlib = require("matplotlib", extra="train", why="Plotting the curves")
+    matplotlib.use("Agg")  # a picture in a file, whatever the screen
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,145 @@
+"""What differs between trainings: the model, its data, its loss and its metrics. The loop is in :mod:`engine`."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from zoo.data.augment import Mixing, train_transform
+from zoo.data.image import eval_transform
+from zoo.data.loader import Batch, EpochSampler, ImageDataset, Loader
+from zoo.data.sources import ImageSource, open_source, stratified_holdout
+from zoo.errors import DataError, RecipeError
+from zoo.factory import create_model
+from zoo.preprocessing import Preprocessing
+from zoo.train.recipe import Data, Recipe
+
+_logger = logging.getLogger(__name__)
+
+
+class ImageClassification:
+    """A picture in, a class out: cross-entropy, top-1 and top-5 accuracy.
+
+    Attributes:
+        model: On the CPU, in train mode; its classifier fits the data set.
+        preprocessing: What the model's input goes through.
+        classes: Class names in label order.
+    """
+
+    best_metric = "top1"  # higher is better
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        data = recipe.data
+        self.source = open_source(data.name, split=data.train_split, root=data.root)
+        self.classes = self.source.classes
+        self.train_indices, self.val_indices = stratified_holdout(self.source.labels, data.holdout, recipe.seed)
+        overrides = dict(recipe.model.overrides)
+        num_classes = overrides.pop("num_classes", len(self.classes))
+        if num_classes < len(self.classes):
+            raise DataError(
+                f"{data.name} has {len(self.classes)} classes, but model.overrides.num_classes is {num_classes}; "
+                "leave it out to fit the classifier to the data."
+            )
+        torch.manual_seed(recipe.seed)  # for what is initialised afresh
+        self.model = create_model(
+            recipe.model.name,
+            recipe.model.pretrained,
+            checkpoint=recipe.model.checkpoint or None,
+            num_classes=num_classes,
+            **overrides,
+        )
+        self.preprocessing = preprocessing_of(self.model, data)
+        augment = recipe.augment
+        self.mixing = Mixing(augment, num_classes) if augment.mixup or augment.cutmix else None
+        self.smoothing = 0.0 if self.mixing else augment.smoothing  # mixing smooths the labels itself
+        if self.mixing and recipe.train.batch_size % 2:
+            raise RecipeError(f"train.batch_size is {recipe.train.batch_size}; mixup and cutmix need an even one.")
+
+    def train_loader(self, accelerator: Accelerator) -> Loader:
+        """Shuffled, augmented batches for this process."""
+        recipe = self.recipe
+        dataset = ImageDataset(
+            self.source, self.train_indices, train_transform(recipe.augment, self.preprocessing), seed=recipe.seed
+        )
+        sampler = EpochSampler(
+            len(dataset),
+            recipe.train.batch_size,
+            shuffle=True,
+            seed=recipe.seed,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+        return Loader(dataset, sampler, workers=recipe.data.workers)
+
+    def val_loader(self, accelerator: Accelerator) -> Loader:
+        """The held-out part of the training split, every sample once."""
+        return eval_loader(self.source, self.val_indices, self.preprocessing, self.recipe, accelerator)
+
+    def loss(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
+        """Mean loss of a training batch; ``seed`` decides how it is mixed."""
+        if self.mixing is not None:
+            batch = self.mixing(batch, *seed)
+        return F.cross_entropy(model(batch.inputs).float(), batch.targets, label_smoothing=self.smoothing)
+
+
+def preprocessing_of(model: Any, data: Data) -> Preprocessing:
+    """The model's own preprocessing at its own size, with what the recipe's data section replaces."""
+    cfg = model.pretrained_cfg
+    own = Preprocessing(
+        img_size=model.config.input_hw,
+        crop_pct=cfg["crop_pct"],
+        interpolation=cfg["interpolation"],
+        mean=cfg["mean"],
+        std=cfg["std"],
+    )
+    changes: dict[str, Any] = {"crop_pct": data.crop_pct, "interpolation": data.interpolation}
+    return dataclasses.replace(own, **{key: value for key, value in changes.items() if value})
+
+
+def eval_loader(
+    source: ImageSource,
+    indices: np.ndarray,
+    preprocessing: Preprocessing,
+    recipe: Recipe,
+    accelerator: Accelerator,
+) -> Loader:
+    """Batches for evaluation: in order, every sample exactly once over all processes."""
+    dataset = ImageDataset(source, indices, eval_transform(preprocessing), seed=0)
+    sampler = EpochSampler(
+        len(dataset),
+        recipe.train.batch_size,
+        shuffle=False,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    return Loader(dataset, sampler, workers=recipe.data.workers)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, *, channels_last: bool) -> dict[str, float]:
+    """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' batches."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, top-1, top-5, samples
+    for batch in loader:
+        batch = batch.to(accelerator.device, channels_last=channels_last)
+        with accelerator.autocast():
+            logits = model(batch.inputs)
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]
+        totals[0] += F.cross_entropy(logits, batch.targets, reduction="sum")
+        totals[1] += ranked[:, 0].sum()
+        totals[2] += ranked.any(1).sum()
+        totals[3] += len(batch.targets)
+    model.train(was_training)
+    loss, top1, top5, count = accelerator.reduce(totals).tolist()  # type: ignore[union-attr]
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+TASKS = {"image-classification": ImageClassification}
