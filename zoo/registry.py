@@ -119,6 +119,12 @@ def get_family(name: str) -> Family:
     return _registered[name]
 
 
+def families() -> list[Family]:
+    """The families loaded or registered so far, and those of installed packages; built-in ones load on first use."""
+    _load_entry_points()
+    return list(_registered.values())
+
+
 def family_of(config: ModelConfig) -> Family:
     """The family whose config class this is."""
     for family in _registered.values():
@@ -222,7 +228,12 @@ def list_models(pattern: str | Sequence[str] = "", *, pretrained: bool = False, 
         ]
     if task is not None:
         names = [name for name in names if _task(split_name(name)[0], known) == task]
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    return sorted(names, key=natural_key)
+
+
+def natural_key(name: str) -> list[int | str]:
+    """Sort key under which ``m2`` comes before ``m10``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _task(variant: str, known: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ A family's model sets up its stem, ``stages`` and head and calls :meth:`Backbone
 expect of a model (``timm/tests/test_models.py`` is the contract) is here, once.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.config import ImageConfig
 from zoo.errors import ConfigError
 from zoo.layers import GlobalPool, fuse_batch_norm
+from zoo.layers.init import reset_parameters
 
 
 class Backbone(nn.Module):
@@ -30,8 +31,9 @@ class Backbone(nn.Module):
         pretrained_cfg, default_cfg: timm's description of input and head; ``create_model`` fills it in.
     """
 
-    stages: nn.Sequential
-    head: nn.Module
+    if TYPE_CHECKING:  # TorchScript reads annotations at run time, and knows no module as a type
+        stages: nn.Sequential
+        head: nn.Module
 
     def finish(self, config: ImageConfig, *, widths: tuple[int, ...], reductions: tuple[int, ...]) -> None:
         """Set the attributes above and build the pooling and the head. Call last in ``__init__``."""
@@ -151,8 +153,11 @@ class Backbone(nn.Module):
 
         Args:
             num_classes: 0 for none.
-            global_pool: ``"avg"``, ``"max"`` or ``""``; None keeps the current one.
+            global_pool: ``"avg"``, ``"max"`` or ``""``; None keeps the current one, except that a classifier on features
+                that are not pooled brings ``"avg"`` back.
         """
+        if global_pool is None and num_classes and not self.config.global_pool:
+            global_pool = "avg"
         changes: dict[str, Any] = {"num_classes": num_classes}
         if global_pool is not None:
             changes["global_pool"] = global_pool
@@ -186,9 +191,7 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise every parameter and buffer in place, for a model built on the meta device and ``to_empty``."""
-        for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        reset_parameters(self)
 
     @torch.jit.ignore
     def fuse(self) -> "Backbone":

@@ -125,6 +125,8 @@ class LocalWindowAttention(nn.Module):
     A map that is not one window is padded with zeros to a multiple of the window, at the bottom and on the right.
     """
 
+    fx_leaf = True  # FX cannot trace the branch on the map's size; zoo.integrations.timm makes this a leaf of its graphs
+
     def __init__(self, dim: int, *, num_heads: int, key_dim: int, window: int, kernel_sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.window = window

@@ -1,0 +1,199 @@
+"""From a config or a name to a model: built, filled with weights, and described."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.config import ImageConfig, ModelConfig
+from zoo.errors import ConfigError
+from zoo.preprocessing import Preprocessing
+from zoo.pretrained.convert import convert_state_dict, is_zoo_layout
+from zoo.pretrained.load import fetch, fit_state_dict, load_state_dict
+from zoo.pretrained.manifest import Weights, get_weights, list_weights
+from zoo.registry import family_name, family_of, get_config, get_family, split_name
+
+_logger = logging.getLogger(__name__)
+
+
+def build(
+    config: ModelConfig, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A freshly initialised model, in training mode.
+
+    Args:
+        config: The config of a registered family.
+        device: Where to build it, ``"meta"`` for shapes without memory; None for PyTorch's default device.
+        dtype: Of its floating point parameters and buffers; None for PyTorch's default dtype.
+
+    Raises:
+        ConfigError: If the config belongs to no registered family.
+
+    Example:
+        >>> config = zoo.get_config("efficientvit_m0").override(depths=(1, 1, 1))
+        >>> model = zoo.build(config)
+    """
+    family = family_of(config)
+    with torch.device(device if device is not None else torch.get_default_device()):
+        model = family.model(config)
+    return model if dtype in (None, torch.get_default_dtype()) else model.to(dtype=dtype)
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    img_size: int | tuple[int, int] | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    drop_path_rate: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """A model by name, in training mode, with random or trained weights.
+
+    An image model maps ``[B, in_chans, H, W]`` to logits ``[B, num_classes]``; its ``pretrained_cfg`` (also
+    ``default_cfg``) describes input and classifier in timm's words.
+
+    Args:
+        name: A variant (``"efficientvit_m5"``), or with a tag of its weights (``"efficientvit_m5.r224_in1k"``), whose
+            config then applies even without loading them.
+        pretrained: Load the weights of the tag, or the model's default ones; fetched from the Hub where need be.
+        checkpoint: Load this safetensors file instead, under zoo's, timm's or the authors' parameter names.
+        num_classes: Classes of the classifier, 0 for none: pooled features ``[B, C]``. Where it differs from the
+            file's, the classifier is initialised anew, with a warning in the log.
+        in_chans: Channels of the input; where it differs from the file's, the first convolution is adapted.
+        img_size: Side, or (height, width), in pixels that the model is built for; weights are resampled to fit.
+        features_only: Return a network that gives a list of feature maps, with ``feature_info`` as in timm.
+        out_indices: With ``features_only``: the last n levels, or a list of levels; None for all.
+        drop_path_rate: Stochastic depth of the last block.
+        device: Where the model is to be; None for PyTorch's default device.
+        dtype: Of its floating point parameters and buffers; None for PyTorch's default dtype.
+        **overrides: Any other fields of the config. Those that are None keep the variant's value.
+
+    Raises:
+        UnknownModelError: If there is no such model.
+        ConfigError: If an override is not a field of the config, or its value does not fit; if options contradict.
+        WeightsError: If the weights are not known, cannot be had, are damaged, or do not fit the model.
+
+    Examples:
+        >>> model = zoo.create_model("efficientvit_m0", pretrained=True, num_classes=37, drop_path_rate=0.1)
+        >>> backbone = zoo.create_model("efficientvit_m0", pretrained=True, features_only=True, out_indices=(1, 2))
+        >>> model = zoo.create_model("efficientvit_m0", checkpoint="finetuned.safetensors", num_classes=37)
+    """
+    if pretrained and checkpoint is not None:
+        raise ConfigError("Both pretrained=True and checkpoint are given; expected one source of weights.")
+    if out_indices is not None and not features_only:
+        raise ConfigError("out_indices chooses feature levels; it needs features_only=True.")
+    if features_only and num_classes is not None:
+        _logger.warning("num_classes=%d has no effect with features_only=True", num_classes)
+
+    variant, _ = split_name(name)
+    weights = get_weights(name) if pretrained else None
+    config = get_config(weights.name if weights else name)
+    overrides |= {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate}
+    if in_chans != 3:  # the default leaves weights for other inputs as they are
+        overrides["in_chans"] = in_chans
+    if features_only:
+        overrides |= {"num_classes": 0, "global_pool": ""}
+    config = config.override(**{field: value for field, value in overrides.items() if value is not None})
+
+    source = fetch(weights) if weights is not None else checkpoint
+    model: Any = build(config, device=device if source is None else "meta", dtype=dtype)
+    if isinstance(config, ImageConfig):
+        model.pretrained_cfg = model.default_cfg = pretrained_cfg(name, config, model.feature_info[-1]["reduction"])
+    if source is not None:
+        _fill(model, Path(source), variant, device)
+    return _feature_net(model, out_indices) if features_only else model
+
+
+def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device | None) -> None:
+    """Give a model on the meta device the tensors of a file: nothing is initialised only to be overwritten."""
+    device = torch.device(device if device is not None else torch.get_default_device())
+    if device.type == "meta":
+        raise ConfigError("device is 'meta', which holds no values; expected a real device to load weights.")
+    family = get_family(family_name(variant))
+    state = load_state_dict(path, device)
+    if not is_zoo_layout(state, family):
+        state = convert_state_dict(state, variant)
+    fit_state_dict(model, state, family)
+    if device.type != "cpu":
+        model.to(device)  # the buffers that are in no file, which are made on the CPU
+    stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not stranded, f"{family.name} must create {stranded} on the CPU when it is built on the meta device"
+
+
+def _feature_net(model: Any, out_indices: int | Sequence[int] | None) -> nn.Module:
+    from zoo.models._backbone import take_indices
+    from zoo.models._features import FeatureNet
+
+    chosen = out_indices if out_indices is None or isinstance(out_indices, int) else list(out_indices)
+    net: Any = FeatureNet(model, sorted(take_indices(len(model.feature_info), chosen)))
+    head = ("num_classes", "classifier", "label_names")
+    net.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in head}
+    net.default_cfg = net.pretrained_cfg
+    return net
+
+
+def pretrained_cfg(name: str, config: ImageConfig, reduction: int) -> dict[str, Any]:
+    """timm's description of a model: what goes in, how pictures become that, and what the classifier says.
+
+    Args:
+        name: The variant, with the tag of its weights or without (its default ones, if there are any, then count).
+        config: The config it was built from.
+        reduction: Stride of the model's last feature level, which tells the size of the map that is pooled.
+
+    Returns:
+        What ``timm.models.PretrainedCfg(...).to_dict()`` returns for it.
+    """
+    variant, tag = split_name(name)
+    weights = get_weights(name) if tag else next(iter(list_weights(variant)), None)
+    family = get_family(family_name(variant))
+    preprocessing, classes = Preprocessing(img_size=config.input_hw), config.num_classes
+    described: dict[str, Any] = {"architecture": variant}
+    if weights is not None:
+        described |= {"tag": weights.tag, "license": weights.licence, **_source(weights)}
+        trained = get_config(weights.name)
+        assert isinstance(trained, ImageConfig)
+        preprocessing = weights.preprocessing
+        if config.input_hw != trained.input_hw:
+            preprocessing = dataclasses.replace(preprocessing, img_size=config.input_hw)
+        if weights.label_names is not None and classes == trained.num_classes:
+            described["label_names"] = weights.label_names
+    height, width = preprocessing.img_size
+    return {
+        **described,
+        "custom_load": False,
+        "input_size": (config.in_chans, height, width),
+        "fixed_input_size": False,
+        "interpolation": preprocessing.interpolation,
+        "crop_pct": preprocessing.crop_pct,
+        "crop_mode": "center",
+        "mean": _per_channel(preprocessing.mean, config.in_chans),
+        "std": _per_channel(preprocessing.std, config.in_chans),
+        "num_classes": classes,
+        "pool_size": (-(-height // reduction), -(-width // reduction)),
+        "first_conv": family.first_conv,
+        "classifier": family.classifiers[0] if len(family.classifiers) == 1 else family.classifiers,
+        "paper_ids": family.paper,
+        "origin_url": f"https://{family.code.split()[0]}",
+    }
+
+
+def _source(weights: Weights) -> dict[str, Any]:
+    if weights.packaged:
+        return {"file": str(weights.path)}
+    return {"hf_hub_id": f"{weights.hub}@{weights.revision}", "hf_hub_filename": weights.file}
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Means or deviations for another number of channels: their average, for each."""
+    return values if len(values) == channels else (sum(values) / len(values),) * channels

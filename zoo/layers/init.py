@@ -1,0 +1,10 @@
+"""Initialisation after the fact."""
+
+from torch import nn
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Initialise every parameter and buffer in place: children first, then the containers that correct them."""
+    for submodule in reversed(list(module.modules())):
+        if hasattr(submodule, "reset_parameters"):
+            submodule.reset_parameters()

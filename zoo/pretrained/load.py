@@ -1,0 +1,213 @@
+"""From a set of weights to a file, from a file to tensors, from tensors into a model.
+
+Every file is safetensors: reading one runs no code. A pickle is recognised by its content and refused.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import zoo
+from zoo.errors import WeightsError
+from zoo.layers.init import reset_parameters
+from zoo.pretrained.manifest import Weights
+from zoo.registry import Family
+
+_logger = logging.getLogger(__name__)
+
+
+def fetch(weights: Weights) -> Path:
+    """The local file of a set of weights, downloaded into huggingface_hub's cache unless it is packaged or cached.
+
+    ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` mean what they mean to huggingface_hub.
+
+    Raises:
+        WeightsError: If it cannot be had, or is not the file that the manifest describes.
+    """
+    path = weights.path if weights.packaged else _download(weights)
+    if not path.is_file():
+        raise WeightsError(f"{path}: missing, though {weights.name} should come with the package; reinstall it.")
+    if weights.sha256:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != weights.sha256:
+            raise WeightsError(
+                f"{path}: not the file that belongs to {weights.name}: its sha256 is {found}, expected "
+                f"{weights.sha256}. Delete it, and it is fetched again."
+            )
+    return path
+
+
+def _download(weights: Weights) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+
+    try:
+        path = hf_hub_download(
+            weights.hub,
+            weights.file,
+            revision=weights.revision,
+            library_name="zoo",
+            library_version=zoo.__version__,
+        )
+    # OSError: no network, a full disk, no such repository. HTTPError: a connection that broke half-way.
+    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise WeightsError(
+            f"Cannot fetch {weights.file} of huggingface.co/{weights.hub} @ {weights.revision} for {weights.name}: "
+            f"{reason.rstrip('.')}. Without a network (or with HF_HUB_OFFLINE=1) it must be in the cache already; "
+            f'or pass a local copy: create_model("{weights.model}", checkpoint=FILE).'
+        ) from error
+    return Path(path)
+
+
+def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, on ``device``.
+
+    Raises:
+        WeightsError: If there is no such file, or it is damaged, or it is not safetensors; for a pickle, says how to
+            convert it.
+    """
+    path = Path(path)
+    if is_pickle(path):
+        raise WeightsError(
+            f"{path}: a pickle, which can run any code when it is read; expected safetensors. If you trust where it "
+            "comes from, convert it once: zoo.pretrained.convert.convert_file(SOURCE, TARGET, MODEL_NAME)."
+        )
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file, perhaps a download cut short ({error}).") from error
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file's content is a pickle, or the zip around one that ``torch.save`` writes.
+
+    Raises:
+        WeightsError: If there is no such file, or it is empty.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a safetensors file.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}.") from error
+    if not start:
+        raise WeightsError(f"{path}: an empty file; expected safetensors.")
+    if start[8:] == b"{":  # safetensors: the header's length in 8 bytes, then the header, a JSON object
+        return False
+    return start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] <= b"\x05")
+
+
+def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family) -> None:
+    """Load ``state`` into ``model``, adapting what may differ between the two.
+
+    - Floating point tensors take the model's dtype.
+    - A classifier with another number of classes is initialised anew, with a warning in the log; for a model without
+      a classifier it is left out.
+    - An input convolution with another number of channels is summed (to one channel) or repeated, as timm does it.
+    - What a layer adapts itself, as attention biases do, it does.
+
+    A model on the meta device takes the tensors over as they are; any other model keeps its own and copies the values.
+
+    Args:
+        model: A model of this family, real or on the meta device.
+        state: Tensors by zoo's parameter names.
+        family: Names the input convolution and the classifier.
+
+    Raises:
+        WeightsError: If anything else is missing, left over or of another shape; names the keys.
+    """
+    example = next(model.parameters())
+    state = {name: tensor.to(example.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    _fit_input(model, state, family.first_conv)
+    for classifier in family.classifiers:
+        _fit_classifier(model, state, classifier)
+    try:
+        result = model.load_state_dict(state, strict=False, assign=example.is_meta)
+    except RuntimeError as error:  # shapes that differ; it lists them all
+        misfits = re.findall(r"size mismatch for ([^:]+):", str(error))
+        if not misfits:
+            raise
+        problem = f"{listed(misfits)} of another shape"
+    else:
+        if not result.missing_keys and not result.unexpected_keys:
+            return
+        problem = f"{listed(result.unexpected_keys)} unused, {listed(result.missing_keys)} missing"
+    name = getattr(model, "pretrained_cfg", {}).get("architecture") or family.title
+    raise WeightsError(f"Checkpoint does not fit {name}: {problem}.")
+
+
+def _fit_input(model: nn.Module, state: dict[str, Tensor], first_conv: str) -> None:
+    name = f"{first_conv}.weight"
+    if not first_conv or name not in state:
+        return
+    own, weight = model.get_parameter(name), state[name]
+    if own.ndim == weight.ndim == 4 and own.shape[1] != weight.shape[1]:
+        state[name] = adapt_input_channels(weight, own.shape[1])
+        _logger.info("%s adapted from %d to %d channels", name, weight.shape[1], own.shape[1])
+
+
+def adapt_input_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """A convolution's weight for another number of input channels, by timm's rule.
+
+    Summed to one channel; otherwise repeated in order, cut off, and scaled to keep the size of its output.
+
+    Args:
+        weight: ``[Cout, Cin, kH, kW]``.
+        in_chans: The channels wanted.
+
+    Returns:
+        ``[Cout, in_chans, kH, kW]``.
+    """
+    channels = weight.shape[1]
+    if in_chans == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    repeats = -(-in_chans // channels)
+    return weight.repeat(1, repeats, 1, 1)[:, :in_chans] * (channels / in_chans)
+
+
+def _fit_classifier(model: nn.Module, state: dict[str, Tensor], classifier: str) -> None:
+    """Replace a classifier for other classes by a fresh one; drop it for a model that has none."""
+    key = f"{classifier}.weight"
+    if key not in state:
+        return
+    root = classifier.partition(".")[0]  # the module that the classifier is, or is part of
+    weight = state[key]
+    try:
+        own = model.get_parameter(key)
+    except AttributeError:  # no classifier: what goes with it is left out too
+        known = model.state_dict()
+        for name in [name for name in state if name.startswith(f"{root}.") and name not in known]:
+            del state[name]
+        return
+    if own.shape[0] == weight.shape[0] or own.shape[1:] != weight.shape[1:]:
+        return
+    fresh = deepcopy(model.get_submodule(root)).to_empty(device=weight.device)
+    reset_parameters(fresh)
+    for name, tensor in fresh.state_dict(prefix=f"{root}.").items():
+        if name.startswith(f"{classifier}."):
+            state[name] = tensor
+    _logger.warning(
+        "The file's classifier %s has %d classes, the model %d: initialised anew. num_classes=%d keeps it.",
+        classifier,
+        weight.shape[0],
+        own.shape[0],
+        weight.shape[0],
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """``"2 keys (head.fc.weight, head.fc.bias)"``: how many, and the first three."""
+    names = list(names)
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} {'key' if len(names) == 1 else 'keys'} ({shown})" if names else "0"

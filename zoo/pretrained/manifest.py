@@ -1,0 +1,199 @@
+"""Which weights there are: one TOML manifest per family in ``weights/``, read into records. Imports no torch.
+
+The format is described at the top of ``weights/efficientvit.toml``.
+"""
+
+import dataclasses
+import re
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import WeightsError, nearest
+from zoo.preprocessing import Preprocessing
+from zoo.registry import families, get_config, is_model, split_name
+from zoo.resources import folder
+
+IMAGENET_LABELS = "imagenet-1k"  # stands for the 1000 standard class names in their standard order
+LAYOUTS = ("timm", "zoo", "authors")
+
+_TAG = re.compile(r"[a-z0-9_]+")
+_FILE = re.compile(r"(?!\.)[\w.-]+\.safetensors")
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A published accuracy, in percent."""
+
+    dataset: str
+    top1: float
+    top5: float | None = None
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """One set of weights: where its file is, what it needs and what is known of it."""
+
+    family: str
+    model: str
+    tag: str
+    folder: Path  # of the manifest, and of a packaged file
+    hub: str = ""  # repository on the Hugging Face Hub; "" for a packaged file
+    revision: str = "main"  # of that repository
+    file: str = "model.safetensors"
+    sha256: str = ""  # "" when unknown
+    licence: str
+    layout: str  # whose parameter names the file has: "timm" and "zoo" are the same, "authors" is converted
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)  # config fields that these weights need
+    preprocessing: Preprocessing = Preprocessing()  # noqa: RUF009 -- immutable
+    labels: tuple[str, ...] | str = IMAGENET_LABELS
+    metrics: tuple[Metric, ...] = ()
+    recipe: str = ""  # one of zoo's recipes, "unknown", or "" when the authors' card says how
+    notes: str = ""  # hardware, seed, and what else should be known
+
+    @property
+    def name(self) -> str:
+        """``"model.tag"``, as :func:`zoo.create_model` takes it."""
+        return f"{self.model}.{self.tag}"
+
+    @property
+    def packaged(self) -> bool:
+        """Whether the file travels with the package instead of being on the Hub."""
+        return not self.hub
+
+    @property
+    def path(self) -> Path:
+        """Where a packaged file is."""
+        return self.folder / self.file
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Names of the classes in order; None for ImageNet's."""
+        return None if isinstance(self.labels, str) else self.labels
+
+
+def list_weights(model: str = "") -> list[Weights]:
+    """Every known set of weights, or those of one model with its default first.
+
+    Raises:
+        WeightsError: If a manifest is malformed; names the file, the entry and the key.
+    """
+    paths = [*sorted(folder("weights").glob("*.toml")), *(family.weights for family in families() if family.weights)]
+    entries = (entry for path in paths for entry in _read(path))
+    return [entry for entry in entries if not model or entry.model == model]
+
+
+def get_weights(name: str) -> Weights:
+    """The weights called ``"model.tag"``, or a model's default ones for ``"model"``.
+
+    Raises:
+        UnknownModelError: If there is no such model.
+        WeightsError: If the model has no such tag, with those it has; or no weights at all.
+    """
+    model, tag = split_name(name)
+    entries = list_weights(model)
+    if not entries:
+        if not is_model(model):
+            get_config(model)  # raises, with the nearest names
+        raise WeightsError(f"{model} has no pretrained weights. `zoo list --pretrained` shows the models that have.")
+    if not tag:
+        return entries[0]
+    for entry in entries:
+        if entry.tag == tag:
+            return entry
+    tags = [entry.tag for entry in entries]
+    raise WeightsError(f"{model} has no weights tagged {tag!r}; it has: {', '.join(tags)}.{nearest(tag, tags)}")
+
+
+@cache
+def _read(path: Path) -> tuple[Weights, ...]:
+    """The entries of one manifest, in its order."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise WeightsError(f"{path}: cannot be read as TOML: {error}") from error
+    defaults = document.pop("defaults", {})
+    entries = []
+    for model, tags in document.items():
+        if not _is_table_of_tables(tags):
+            raise WeightsError(f"{path}: {model} must be a table of tags, as in [{model}.some_tag].")
+        for tag, values in tags.items():
+            try:
+                entries.append(_entry(path, model, tag, _merge(defaults, values)))
+            except (WeightsError, TypeError) as error:
+                raise WeightsError(f"{path}: {model}.{tag}: {error}") from error
+    return tuple(entries)
+
+
+def _entry(path: Path, model: str, tag: str, values: dict[str, Any]) -> Weights:
+    given = ("family", "model", "tag", "folder")
+    if not _TAG.fullmatch(tag):
+        raise WeightsError("a tag consists of lower-case letters, digits and underscores.")
+    _check_keys(Weights, values, omit=given)
+    if "preprocessing" in values:
+        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
+    if "metrics" in values:
+        for metric in values["metrics"]:
+            _check_keys(Metric, metric)
+        values["metrics"] = tuple(Metric(**metric) for metric in values["metrics"])
+    if isinstance(values.get("labels"), list):
+        values["labels"] = tuple(values["labels"])
+    weights = Weights(family=path.stem, model=model, tag=tag, folder=path.parent, **values)
+    _check_values(weights)
+    return weights
+
+
+def _check_values(weights: Weights) -> None:
+    def expect(name: str, condition: object, expected: str) -> None:
+        if not condition:
+            raise WeightsError(f"{name} is {getattr(weights, name)!r}; expected {expected}.")
+
+    expect("file", _FILE.fullmatch(weights.file), "the name of a .safetensors file, without a folder")
+    expect("hub", not weights.hub or _HUB.fullmatch(weights.hub), "owner/name")
+    expect("sha256", not weights.sha256 or _SHA256.fullmatch(weights.sha256), "64 hexadecimal digits in lower case")
+    expect("layout", weights.layout in LAYOUTS, " or ".join(map(repr, LAYOUTS)))
+    if isinstance(weights.labels, str):
+        expect("labels", weights.labels == IMAGENET_LABELS, f"a list of class names, or {IMAGENET_LABELS!r}")
+    else:
+        expect("labels", all(isinstance(label, str) for label in weights.labels), "names")
+        classes = weights.config.get("num_classes", len(weights.labels))
+        expect("labels", len(weights.labels) == classes, f"one name for each of config.num_classes = {classes}")
+
+
+def _check_keys(record: type, values: Mapping[str, Any], omit: Iterable[str] = ()) -> None:
+    """Raise for keys that the record does not have, keys that it needs, and plain values of the wrong type."""
+    if not isinstance(values, dict):
+        raise WeightsError(f"{values!r} is no table.")
+    specs = {spec.name: spec for spec in fields(record) if spec.name not in omit}
+    hints = typing.get_type_hints(record)
+    for key, value in values.items():
+        if key not in specs:
+            raise WeightsError(f"unknown key {key!r}.{nearest(key, specs)}")
+        if hints[key] is str and not isinstance(value, str):
+            raise WeightsError(f"{key} is {value!r}; expected a string.")
+        if hints[key] in (float, float | None) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise WeightsError(f"{key} is {value!r}; expected a number.")
+    for key, spec in specs.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and key not in values:
+            raise WeightsError(f"the key {key!r} is missing.")
+
+
+def _is_table_of_tables(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
+
+
+def _merge(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` over ``defaults``, tables merged key by key."""
+    merged = {**defaults, **values}
+    for key in defaults.keys() & values.keys():
+        if isinstance(defaults[key], dict) and isinstance(values[key], dict):
+            merged[key] = {**defaults[key], **values[key]}
+    return merged
