@@ -1,0 +1,56 @@
+"""``zoo train`` and ``zoo finetune``"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that zoo ships.")]
+_Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, such as optim.lr=1e-3 data.root=PATH.")]
+_Out = Annotated[Path | None, typer.Option(help="The run folder; by default runs/<recipe>.")]
+_Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")]
+_Show = Annotated[bool, typer.Option("--show", help="Print the resolved recipe and exit.")]
+
+
+def train(
+    recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = False, show: _Show = False
+) -> None:
+    """Train a model as a recipe says."""
+    _run(recipe, overrides or [], out, resume, show)
+
+
+def finetune(
+    recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = False, show: _Show = False
+) -> None:
+    """Fine-tune pretrained weights as a recipe says; with train.from_scratch, beside the same from random weights."""
+    _run(recipe, overrides or [], out, resume, show)
+
+
+def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: bool) -> None:
+    from zoo.cli._output import console, table
+    from zoo.errors import require
+    from zoo.train.recipe import find_recipe, load_recipe
+
+    recipe = load_recipe(name, overrides)
+    if show:
+        print(recipe.to_toml(), end="")
+        return
+    require("accelerate", extra="train", why="Training")
+    from zoo.train.finetune import finetune
+
+    out = out or Path("runs") / find_recipe(name).stem
+    comparison = finetune(recipe, out, resume=resume)
+    screen = console()
+    grid = table("held-out part", ">top-1 (%)", ">loss (nats)", ">epoch", ">minutes")
+    for label, result in (("this run", comparison.result), ("from scratch", comparison.from_scratch)):
+        if result is not None:
+            grid.add_row(
+                label,
+                f"{result.metrics['top1']:.2f}",
+                f"{result.metrics['loss']:.4f}",
+                str(result.epoch),
+                f"{result.seconds / 60:.1f}",
+            )
+    screen.print(grid)
+    screen.print(f"\nWeights, curves and metrics are in {out}. Go on with:", soft_wrap=True)
+    screen.print(f"  zoo eval {out}\n  zoo predict {out}/sample.png --model {out}", soft_wrap=True)

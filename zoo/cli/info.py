@@ -1,0 +1,67 @@
+"""``zoo info``"""
+
+from typing import Annotated
+
+import typer
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="A model, or model.tag.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a model's card: paper, config, costs, weights with their licence, figures and recipe."""
+    import dataclasses
+
+    import zoo
+    from zoo.analysis.counts import count
+    from zoo.cli._output import console, print_json, table
+    from zoo.pretrained.manifest import get_weights, list_weights
+    from zoo.registry import family_of, split_name
+
+    config = zoo.get_config(name)
+    family = family_of(config)
+    variant, tag = split_name(name)
+    costs = count(config)
+    weights = [get_weights(name)] if tag else list_weights(variant)
+    if as_json:
+        print_json(
+            {
+                "name": name,
+                "family": family.name,
+                "title": family.title,
+                "task": family.task,
+                "paper": family.paper,
+                "code": family.code,
+                "code_licence": family.licence,
+                "config": config.to_dict(),
+                "costs": dataclasses.asdict(costs),
+                "weights": [dataclasses.asdict(each) for each in weights],
+            }
+        )
+        return
+    out = console()
+    out.print(f"[bold]{name}[/bold]  {family.title}, {family.task}")
+    facts = table("", "")
+    facts.show_header = False
+    facts.add_row("paper", family.paper)
+    facts.add_row("original code", f"{family.code} ({family.licence})")
+    facts.add_row("costs", f"{costs.params:,} parameters, {costs.macs / 1e6:,.1f} MMACs, {costs.activations:,} activations")
+    for field, value in config.to_dict().items():
+        facts.add_row(field, repr(value))
+    out.print(facts)
+    for each in weights:
+        place = each.hub or f"packaged with zoo ({each.file})"
+        out.print(f"\n[bold]{each.name}[/bold]  {place}, licence {each.licence}")
+        facts = table("", "")
+        facts.show_header = False
+        for metric in each.metrics:
+            top5 = "" if metric.top5 is None else f", top-5 {metric.top5:g} %"
+            facts.add_row(metric.dataset, f"top-1 {metric.top1:g} %{top5}  ({metric.source})")
+        pre = each.preprocessing
+        facts.add_row("input", f"{pre.img_size[0]} x {pre.img_size[1]} px, crop {pre.crop_pct:g}, {pre.interpolation}")
+        facts.add_row("recipe", each.recipe or "unknown")
+        if each.notes:
+            facts.add_row("notes", each.notes)
+        out.print(facts)
+    if not weights:
+        out.print("\nNo weights are published.")
