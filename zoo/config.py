@@ -1,4 +1,4 @@
-"""Model configs: frozen dataclasses that hold the numbers of a paper's table, and nothing callable. Imports no torch."""
+"""Model configs: frozen dataclasses that hold the numbers of a paper's table, nothing callable. Imports no torch."""
 
 import dataclasses
 import json

@@ -19,8 +19,11 @@ from zoo.layers.init import reset_parameters
 class Backbone(nn.Module):
     """Base of the image models: ``[B, in_chans, H, W]`` float -> logits ``[B, num_classes]``.
 
-    Subclasses provide ``stages`` (an ``nn.Sequential`` whose members are the feature levels), :meth:`forward_stem`,
-    :meth:`make_head` and, where there is something between the last stage and the pooling, :meth:`forward_norm`.
+    Subclasses provide ``stages`` (an ``nn.Sequential``, each member a feature level unless :meth:`finish` is told
+    otherwise), :meth:`forward_stem`, :meth:`make_head` and, where there is something between the last stage and the
+    pooling, :meth:`forward_norm` or :meth:`forward_final`. A family whose published parameter names call the stages or
+    the head something else says so in ``stages_name`` and ``head_name``, and overrides :meth:`forward_stages` and
+    :meth:`classify`, since TorchScript finds modules by literal name only.
 
     Attributes:
         config: The config this was built from.
@@ -31,24 +34,43 @@ class Backbone(nn.Module):
         pretrained_cfg, default_cfg: timm's description of input and head; ``create_model`` fills it in.
     """
 
+    stages_name = "stages"
+    head_name = "head"
+
     if TYPE_CHECKING:  # TorchScript reads annotations at run time, and knows no module as a type
         stages: nn.Sequential
         head: nn.Module
 
-    def finish(self, config: ImageConfig, *, widths: tuple[int, ...], reductions: tuple[int, ...]) -> None:
-        """Set the attributes above and build the pooling and the head. Call last in ``__init__``."""
+    def finish(
+        self,
+        config: ImageConfig,
+        *,
+        widths: tuple[int, ...],
+        reductions: tuple[int, ...],
+        taps: tuple[int, ...] | None = None,
+        num_features: int | None = None,
+    ) -> None:
+        """Set the attributes above and build the pooling and the head. Call last in ``__init__``.
+
+        Args:
+            config: The config.
+            widths, reductions: Channels and stride of each feature level.
+            taps: The stage that each level is the output of; None when every stage is a level.
+            num_features: Channels of ``forward_features`` where they are not the last level's.
+        """
         self.config = config
         self.in_chans = config.in_chans
         self.num_classes = config.num_classes
         self.drop_rate = config.drop_rate
         self.grad_checkpointing = False
+        self.taps = tuple(range(len(widths))) if taps is None else taps
         self.feature_info = [
-            {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
+            {"num_chs": width, "reduction": reduction, "module": f"{self.stages_name}.{stage}"}
+            for stage, width, reduction in zip(self.taps, widths, reductions, strict=True)
         ]
-        self.num_features = self.head_hidden_size = widths[-1]
+        self.num_features = self.head_hidden_size = widths[-1] if num_features is None else num_features
         self.global_pool = GlobalPool(config.global_pool)
-        self.head = self.make_head(config.num_classes)
+        setattr(self, self.head_name, self.make_head(config.num_classes))
         self.pretrained_cfg: dict[str, Any] = {}
         self.default_cfg = self.pretrained_cfg
 
@@ -58,9 +80,21 @@ class Backbone(nn.Module):
         """Pixels ``[B, in_chans, H, W]`` to the input of the first stage."""
         raise NotImplementedError
 
+    def forward_stages(self, x: Tensor) -> Tensor:
+        """All stages, one after the other."""
+        return self.stages(x)
+
     def forward_norm(self, x: Tensor) -> Tensor:
-        """What comes after the last stage and before pooling; nothing by default."""
+        """The norm that follows the last stage; nothing by default."""
         return x
+
+    def forward_final(self, x: Tensor) -> Tensor:
+        """Everything between the last stage and pooling; by default that is the norm."""
+        return self.forward_norm(x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Pooled features to logits."""
+        return self.head(x)
 
     def make_head(self, num_classes: int) -> nn.Module:
         """A fresh classifier on ``num_features`` channels; the identity for 0 classes."""
@@ -71,17 +105,17 @@ class Backbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features ``[B, num_features, H / stride, W / stride]``."""
         x = self.forward_stem(x)
-        for stage in self.stages:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in getattr(self, self.stages_name):
                 x = checkpoint(stage, x, use_reentrant=False)
-            else:
-                x = stage(x)
-        return self.forward_norm(x)
+        else:
+            x = self.forward_stages(x)
+        return self.forward_final(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits ``[B, num_classes]``, or to pooled features ``[B, head_hidden_size]``."""
         x = self.global_pool(x)
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.classify(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -110,19 +144,20 @@ class Backbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ConfigError(f"output_fmt is {output_fmt!r}; expected 'NCHW'.")
-        chosen = take_indices(len(self.feature_info), indices)
-        last = len(self.stages) - 1
+        chosen = [self.taps[level] for level in take_indices(len(self.feature_info), indices)]
+        stages = getattr(self, self.stages_name)
+        last = len(stages) - 1
         intermediates = []
         x = self.forward_stem(x)
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(stages):
             if stop_early and i > max(chosen):
-                break
+                return intermediates if intermediates_only else (x, intermediates)
             x = checkpoint(stage, x, use_reentrant=False) if self.grad_checkpointing else stage(x)
             if i in chosen:
                 intermediates.append(self.forward_norm(x) if norm and i == last else x)
         if intermediates_only:
             return intermediates
-        return self.forward_norm(x), intermediates
+        return self.forward_final(x), intermediates
 
     # Changing a built model.
 
@@ -131,30 +166,32 @@ class Backbone(nn.Module):
     ) -> list[int]:
         """Drop the stages and the head that the chosen levels do not need; returns the levels kept, from 0."""
         chosen = take_indices(len(self.feature_info), indices)
-        shortened = max(chosen) < len(self.stages) - 1
-        self.stages = self.stages[: max(chosen) + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[max(chosen)]["num_chs"]
+        stages = getattr(self, self.stages_name)
+        kept = self.taps[max(chosen)] + 1
+        shortened = kept < len(stages)
+        setattr(self, self.stages_name, stages[:kept])
         if prune_norm or shortened:
             self.prune_norm()
+            self.num_features = self.head_hidden_size = self.feature_info[max(chosen)]["num_chs"]
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return chosen
 
     def prune_norm(self) -> None:
-        """Remove what :meth:`forward_norm` applies; nothing by default."""
+        """Remove what :meth:`forward_final` applies; nothing by default."""
 
     def get_classifier(self) -> nn.Module:
         """The linear layer that makes the logits (the identity when there is none)."""
-        return getattr(self.head, "linear", self.head)
+        head = getattr(self, self.head_name)
+        return getattr(head, "linear", head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a freshly initialised classifier in place, on the same device and in the same dtype.
 
         Args:
             num_classes: 0 for none.
-            global_pool: ``"avg"``, ``"max"`` or ``""``; None keeps the current one, except that a classifier on features
-                that are not pooled brings ``"avg"`` back.
+            global_pool: ``"avg"``, ``"max"`` or ``""``; None keeps the current one, except that a classifier on
+                features that are not pooled brings ``"avg"`` back.
         """
         if global_pool is None and num_classes and not self.config.global_pool:
             global_pool = "avg"
@@ -166,7 +203,8 @@ class Backbone(nn.Module):
             self.global_pool = GlobalPool(global_pool).train(self.training)
         self.num_classes = num_classes
         parameter = next(self.parameters())
-        self.head = self.make_head(num_classes).to(parameter.device, parameter.dtype).train(self.training)
+        head = self.make_head(num_classes).to(parameter.device, parameter.dtype).train(self.training)
+        setattr(self, self.head_name, head)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

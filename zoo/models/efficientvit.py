@@ -1,6 +1,7 @@
 """EfficientViT (MSRA): memory-efficient vision transformers with cascaded group attention.
 
-Paper: arXiv:2305.07027 (CVPR 2023). Original code: github.com/microsoft/Cream @ 4a13c40, EfficientViT/classification (MIT).
+Paper: arXiv:2305.07027 (CVPR 2023).
+Original code: github.com/microsoft/Cream @ 4a13c40, EfficientViT/classification (MIT).
 Parameter names are timm's, so that its weights on the Hub load as they are. Not to be confused with the EfficientViT of
 the MIT HAN lab (arXiv:2205.14756).
 
@@ -125,7 +126,7 @@ class LocalWindowAttention(nn.Module):
     A map that is not one window is padded with zeros to a multiple of the window, at the bottom and on the right.
     """
 
-    fx_leaf = True  # FX cannot trace the branch on the map's size; zoo.integrations.timm makes this a leaf of its graphs
+    fx_leaf = True  # FX cannot trace a branch on the map's size: zoo.integrations.timm makes this a leaf of its graphs
 
     def __init__(self, dim: int, *, num_heads: int, key_dim: int, window: int, kernel_sizes: tuple[int, ...]) -> None:
         super().__init__()

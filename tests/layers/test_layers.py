@@ -1,0 +1,143 @@
+"""The shared layers, each against its definition or timm's."""
+
+import pytest
+import torch
+from timm.layers import SqueezeExcite as TimmSqueezeExcite
+from timm.layers import make_divisible as timm_make_divisible
+from timm.layers import resize_rel_pos_bias_table_levit
+from torch import nn
+from torch.testing import assert_close
+
+from zoo.layers import (
+    ConvNorm,
+    DropPath,
+    GlobalPool,
+    NormLinear,
+    SqueezeExcite,
+    drop_path_rates,
+    fuse_batch_norm,
+    make_divisible,
+    resize_bias_table,
+)
+from zoo.layers.attention_bias import offset_index
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop = DropPath(0.25).train()
+    y = drop(torch.ones(4000, 3, 2, 2))
+    assert torch.equal(y, y[:, :1, :1, :1].expand_as(y))
+    assert y.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+    dropped = (y[:, 0, 0, 0] == 0).float().mean().item()
+    assert dropped == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 4000) ** 0.5)  # five standard deviations
+    x = torch.randn(2, 3)
+    assert drop.eval()(x) is x
+    assert DropPath(0.0).train()(x) is x
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_drop_path_scripts_and_traces() -> None:
+    x = torch.ones(64, 2, 1, 1)
+    for drop in (torch.jit.script(DropPath(0.5).train()), torch.fx.symbolic_trace(DropPath(0.5).train())):
+        assert set(drop(x).unique().tolist()) == {0.0, 2.0}
+
+
+def test_drop_path_rates() -> None:
+    assert drop_path_rates(0.3, (1, 3)) == [[0.0], pytest.approx([0.1, 0.2, 0.3])]
+    assert drop_path_rates(0.3, (1,)) == [[0.0]]
+    assert drop_path_rates(0.0, (2, 2)) == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("old, new", [(4, 7), (7, 4), (7, 2), (1, 3)])
+def test_bias_table_is_resized_as_timm_does(old: int, new: int) -> None:
+    table = torch.randn(3, old * old)
+    assert_close(resize_bias_table(table, new), resize_rel_pos_bias_table_levit(table.T, (new * new, 3)).T)
+    assert resize_bias_table(table.bfloat16(), new).dtype == torch.bfloat16
+    assert resize_bias_table(table, old) is table
+
+
+def test_offset_index() -> None:
+    index = offset_index(3)
+    assert index.shape == (9, 9)
+    for p in range(9):
+        for q in range(9):
+            assert index[p, q] == abs(p // 3 - q // 3) * 3 + abs(p % 3 - q % 3)
+
+
+def trained(module: nn.Module) -> nn.Module:
+    """With statistics and affine weights that are not the identity; float64, eval mode."""
+    torch.manual_seed(0)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 2.0)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.1, 4.0)
+    return module.double().eval()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [ConvNorm(6, 4), ConvNorm(6, 6, 3, stride=2, groups=6), ConvNorm(4, 8, 5, groups=2, eps=1e-3, norm_weight=0.0)],
+)
+def test_conv_norm_fuses_exactly(module: ConvNorm) -> None:
+    module = trained(module)
+    conv = module.fuse()
+    assert type(conv) is nn.Conv2d
+    x = torch.randn(2, conv.in_channels, 9, 8, dtype=torch.float64)
+    assert_close(conv(x), module(x), rtol=0.0, atol=1e-13)
+
+
+def test_norm_linear_fuses_exactly() -> None:
+    module = trained(NormLinear(6, 4, drop_rate=0.5))
+    linear = module.fuse()
+    assert type(linear) is nn.Linear
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert_close(linear(x), module(x), rtol=0.0, atol=1e-13)
+
+
+def test_fusing_keeps_what_does_not_fuse() -> None:
+    network = trained(nn.Sequential(ConvNorm(3, 4), nn.ReLU(), nn.Sequential(ConvNorm(4, 4, 3), nn.MaxPool2d(2))))
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    expected = network(x)
+    assert fuse_batch_norm(network) is network
+    assert [type(m) for m in network.modules() if not list(m.children())] == [
+        nn.Conv2d,
+        nn.ReLU,
+        nn.Conv2d,
+        nn.MaxPool2d,
+    ]
+    assert_close(network(x), expected, rtol=0.0, atol=1e-13)
+
+
+def test_a_norm_without_statistics_cannot_be_folded() -> None:
+    module = ConvNorm(3, 4)
+    module.bn = nn.BatchNorm2d(4, track_running_stats=False)
+    with pytest.raises(RuntimeError, match="running statistics"):
+        module.fuse()
+
+
+def test_norm_weight_starts_where_it_is_told() -> None:
+    assert torch.equal(ConvNorm(3, 4, norm_weight=0.0).bn.weight, torch.zeros(4))
+    assert torch.equal(ConvNorm(3, 4).bn.weight, torch.ones(4))
+
+
+def test_global_pool() -> None:
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    assert GlobalPool("avg")(x).tolist() == [[5.5, 17.5]]
+    assert GlobalPool("max")(x).tolist() == [[11.0, 23.0]]
+    assert GlobalPool("")(x) is x
+
+
+def test_squeeze_excite_is_timms() -> None:
+    ours = SqueezeExcite(24, ratio=0.25)
+    theirs = TimmSqueezeExcite(24, 0.25)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 24, 5, 5)
+    assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.9])
+def test_make_divisible_is_timms(limit: float) -> None:
+    for value in range(1, 200):
+        assert make_divisible(value / 2, 8, round_limit=limit) == timm_make_divisible(value / 2, 8, round_limit=limit)

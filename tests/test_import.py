@@ -1,0 +1,49 @@
+"""What an import loads, in a fresh process: the budget that keeps ``import zoo`` and ``zoo list`` quick."""
+
+import subprocess
+import sys
+
+import pytest
+
+import zoo
+
+HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub", "rich", "typer"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages in ``sys.modules`` after running ``code``."""
+    report = "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import zoo",
+        "import zoo; zoo.list_models()",
+        "import zoo; zoo.list_models('efficientvit*', task='image-classification')",
+        "import zoo; zoo.list_models(pretrained=True)",
+        "import zoo; zoo.is_model('efficientvit_m0')",
+        "import zoo; zoo.ImageConfig(num_classes=3)",
+    ],
+)
+def test_loads_nothing_heavy(code: str) -> None:
+    loaded = loaded_by(code)
+    assert "zoo" in loaded
+    assert not loaded & HEAVY
+
+
+def test_creating_a_model_loads_no_timm() -> None:
+    loaded = loaded_by("import zoo; zoo.create_model('efficientvit_m0')")
+    assert "torch" in loaded
+    assert not loaded & {"timm", "torchvision"}
+
+
+def test_every_public_name_is_there() -> None:
+    for name in zoo.__all__:
+        assert getattr(zoo, name) is not None
+        assert name in dir(zoo)
+    assert set(zoo._PUBLIC) == set(zoo.__all__) - {"__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
+        zoo.creat_model  # noqa: B018

@@ -1,0 +1,108 @@
+"""Parameters, multiply-accumulates and activations, counted on the meta device: nothing is allocated, nothing runs."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from zoo.config import ImageConfig, ModelConfig
+from zoo.errors import ConfigError
+from zoo.models import MODULES
+from zoo.registry import family_of, get_config, get_family, natural_key
+
+INDEX = Path(__file__).parents[1] / "models" / "index.json"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one forward pass of one sample costs."""
+
+    params: int  # learnable
+    macs: int  # multiply-accumulates of convolutions, linear layers and matrix products
+    activations: int  # elements that those operators write
+
+
+def count(config: ModelConfig | str, *, img_size: int | tuple[int, int] | None = None) -> Counts:
+    """Count one forward pass in eval mode, batch 1.
+
+    Only convolutions, linear layers and matrix products (those of attention included) are counted, as papers do and as
+    fvcore and timm do for activations. Norms, activation functions, softmax, pooling and additions are not.
+
+    Args:
+        config: A config, or the name of a model.
+        img_size: Input in pixels, a side or (height, width), in place of the config's own.
+
+    Raises:
+        ConfigError: If the config is not an image model's.
+    """
+    if isinstance(config, str):
+        config = get_config(config)
+    if not isinstance(config, ImageConfig):
+        raise ConfigError(f"{type(config).__name__} is not an image model's config; only those are counted.")
+    if img_size is not None:
+        config = config.override(img_size=img_size)
+    with torch.device("meta"):
+        model = family_of(config).model(config)
+        return count_forward(model, torch.empty(1, config.in_chans, *config.input_hw))
+
+
+def count_forward(model: nn.Module, *inputs: Tensor) -> Counts:
+    """Count what ``model(*inputs)`` costs in eval mode, on whichever device both are; the model's mode is kept."""
+    training = model.training
+    model.eval()
+    try:
+        # Not inference_mode: there, linear and matmul arrive whole instead of as the operators they are made of.
+        with torch.no_grad(), _OperatorCounter() as counter:
+            model(*inputs)
+    finally:
+        model.train(training)
+    params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Counts(params=params, macs=counter.macs, activations=counter.activations)
+
+
+class _OperatorCounter(TorchDispatchMode):
+    """Sums MACs and written elements over the operators for which torch has a FLOP formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+        self.activations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.macs += formula(*args, **kwargs, out_val=out) // 2  # torch counts a multiply-accumulate as two FLOPs
+            self.activations += (out if isinstance(out, Tensor) else out[0]).numel()
+        return out
+
+
+def build_index() -> dict[str, dict[str, Any]]:
+    """Every built-in variant with its family, task, size, strides of the feature levels and costs, in natural order."""
+    entries = {}
+    for name in MODULES:
+        family = get_family(name)
+        for variant, make_config in family.variants.items():
+            config: Any = make_config()
+            with torch.device("meta"):
+                model: Any = family.model(config)
+            entries[variant] = {
+                "family": family.name,
+                "task": family.task,
+                "img_size": config.img_size,
+                "reductions": [level["reduction"] for level in model.feature_info],
+                **asdict(count(config)),
+            }
+    return {variant: entries[variant] for variant in sorted(entries, key=natural_key)}
+
+
+def index_text() -> str:
+    """:func:`build_index` as ``models/index.json`` holds it: one variant a line, as a diff shows best."""
+    lines = [f"  {json.dumps(variant)}: {json.dumps(entry)}" for variant, entry in build_index().items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
