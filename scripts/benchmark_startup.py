@@ -11,6 +11,7 @@ Two comparisons, each interleaved so that both sides see the same machine:
 
 import argparse
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -82,7 +83,7 @@ def main() -> None:
         )
 
     print(
-        f"{platform.processor() or platform.machine()}, {platform.system()}, Python {platform.python_version()}, "
+        f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}, "
         f"torch {torch.__version__} with {torch.get_num_threads()} threads, timm {timm.__version__}, {rounds} rounds"
     )
     report("import", imports)

@@ -78,12 +78,16 @@ def to_authors(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
         raise WeightsError(f"{name}: the {family.name} family has no other layout than zoo's.")
     own = model.state_dict()
     _check_complete(state_dict, own, name)
-    converted: dict[str, Tensor] = {}
-    for key, tensor in [*state_dict.items(), *model.named_buffers()]:
-        renamed = converter.to_authors(key)
-        if renamed is not None and (key in state_dict or converter.is_computed(renamed)):
-            converted.setdefault(renamed, tensor)
-    return converted
+    computed = {key: buffer for key, buffer in model.named_buffers() if key not in own}
+    renamed = {key: converter.to_authors(key) for key in [*state_dict, *computed]}
+    unknown = [key for key in state_dict if renamed[key] is None]
+    if unknown:
+        raise WeightsError(f"The authors' layout of {name} has no place for {listed(unknown)}.")
+    return {
+        new: state_dict[key] if key in state_dict else computed[key]
+        for key, new in renamed.items()
+        if new is not None and (key in state_dict or converter.is_computed(new))
+    }
 
 
 def is_zoo_layout(state: Iterable[str], family: Family) -> bool:

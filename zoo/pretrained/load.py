@@ -60,11 +60,11 @@ def _download(weights: Weights) -> Path:
         )
     # OSError: no network, a full disk, no such repository. HTTPError: a connection that broke half-way.
     except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise WeightsError(
-            f"Cannot fetch {weights.file} of huggingface.co/{weights.hub} @ {weights.revision} for {weights.name}: "
-            f"{reason.rstrip('.')}. Without a network (or with HF_HUB_OFFLINE=1) it must be in the cache already; "
-            f'or pass a local copy: create_model("{weights.model}", checkpoint=FILE).'
+            f"Cannot fetch {weights.file} from the Hub repository {weights.hub} ({weights.revision}): {reason}. "
+            "Without a network, or with HF_HUB_OFFLINE=1, it must be in the cache already; or pass a local copy: "
+            f'create_model("{weights.model}", checkpoint=FILE).'
         ) from error
     return Path(path)
 
@@ -83,7 +83,8 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dic
             "comes from, convert it once: zoo.pretrained.convert.convert_file(SOURCE, TARGET, MODEL_NAME)."
         )
     try:
-        return load_file(path, device=str(device))
+        # Read, not mapped: a model built on a mapping would change, or crash, with the file under it.
+        return load_file(path, device=str(device), backend="pread")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file, perhaps a download cut short ({error}).") from error
 

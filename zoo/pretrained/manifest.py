@@ -159,6 +159,7 @@ def _check_values(weights: Weights) -> None:
     expect("hub", not weights.hub or _HUB.fullmatch(weights.hub), "owner/name")
     expect("sha256", not weights.sha256 or _SHA256.fullmatch(weights.sha256), "64 hexadecimal digits in lower case")
     expect("layout", weights.layout in LAYOUTS, " or ".join(map(repr, LAYOUTS)))
+    expect("config", isinstance(weights.config, dict), "a table")
     if isinstance(weights.labels, str):
         expect("labels", weights.labels == IMAGENET_LABELS, f"a list of class names, or {IMAGENET_LABELS!r}")
     else:

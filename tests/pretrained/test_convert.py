@@ -1,0 +1,202 @@
+"""zoo.pretrained.convert: the authors' layout in, out, and nothing unaccounted for."""
+
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import zoo
+from zoo.errors import UnknownModelError, WeightsError
+from zoo.pretrained.convert import convert_file, convert_state_dict, to_authors
+
+CASES = ["efficientvit_m0", "efficientvit_m5"]
+
+
+def authors_state(golden: ModuleType, shared: Path, name: str) -> dict[str, Tensor]:
+    """A golden case's weights, under the authors' names."""
+    return golden.make_state(golden.load_case(shared / "golden" / f"{name}.json")["state"])
+
+
+@pytest.fixture(scope="module")
+def zoo_state() -> dict[str, Tensor]:
+    """Random weights of M0 under zoo's names."""
+    return zoo.create_model("efficientvit_m0").state_dict()
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", CASES)
+def test_authors_weights_give_the_authors_outputs(name: str, golden: ModuleType, shared: Path) -> None:
+    case = golden.load_case(shared / "golden" / f"{name}.json")
+    expected = golden.load_outputs(shared / "golden" / f"{name}.json")
+    model = zoo.create_model(name).eval()
+    model.load_state_dict(convert_state_dict(authors_state(golden, shared, name), name), strict=True)
+    assert sum(p.numel() for p in model.parameters()) == case["params"]
+    with torch.inference_mode():
+        features = model.forward_features(golden.make_input(case["input"]))
+        logits = model.forward_head(features)
+    for actual, wanted in ((features, expected["features"]), (logits, expected["logits"])):
+        assert (actual - wanted).abs().max() <= 2e-5 * max(1.0, wanted.std())
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip_is_exact(name: str, golden: ModuleType, shared: Path) -> None:
+    theirs = authors_state(golden, shared, name)
+    ours = convert_state_dict(theirs, name)
+    back = to_authors(ours, name)
+    assert back.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert back[key].shape == tensor.shape
+        # The index of the bias table, which golden cases leave at zero, is computed anew.
+        assert key.endswith("attention_bias_idxs") or torch.equal(back[key], tensor)
+    again = convert_state_dict(back, name)
+    assert list(again) == list(ours)
+    assert all(torch.equal(again[key], ours[key]) for key in ours)
+
+
+def test_bias_index_is_put_back_as_the_authors_count(zoo_state: dict[str, Tensor]) -> None:
+    index = to_authors(zoo_state, "efficientvit_m0")["blocks3.3.mixer.m.attn.attention_bias_idxs"]
+    assert not index.is_meta
+    points = [(y, x) for y in range(4) for x in range(4)]
+    offsets: dict[tuple[int, int], int] = {}  # numbered in the order in which they are met, as LeViT does
+    wanted = [[offsets.setdefault((abs(a - c), abs(b - d)), len(offsets)) for c, d in points] for a, b in points]
+    assert index.tolist() == wanted
+
+
+@pytest.mark.parametrize("name", [f"efficientvit_m{i}" for i in range(6)])
+def test_every_variant_goes_out_and_comes_back(name: str) -> None:
+    state = zoo.create_model(name).state_dict()
+    back = convert_state_dict(to_authors(state, name), name)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_zoo_names_are_returned_as_they_are(zoo_state: dict[str, Tensor]) -> None:
+    converted = convert_state_dict(zoo_state, "efficientvit_m0")
+    assert all(converted[key] is tensor for key, tensor in zoo_state.items())
+    assert converted.keys() == zoo_state.keys()
+
+
+def test_matrices_become_convolutions_where_the_shape_says_so(zoo_state: dict[str, Tensor]) -> None:
+    theirs = to_authors(zoo_state, "efficientvit_m0")
+    flat = {
+        key: tensor[:, :, 0, 0] if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+        for key, tensor in theirs.items()
+    }
+    assert flat["blocks1.0.ffn0.m.pw1.c.weight"].ndim == 2
+    converted = convert_state_dict(flat, "efficientvit_m0")
+    assert converted["head.linear.weight"].ndim == 2
+    assert all(torch.equal(converted[key], tensor) for key, tensor in zoo_state.items())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": state, "epoch": 299},
+        lambda state: {"state_dict": state},
+        lambda state: {"model": {}, "model_ema": state, "optimizer": {"state": {}}},
+        lambda state: {"state_dict": {}, "state_dict_ema": state},
+        lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
+        lambda state: {"model": {f"module.{key}": tensor for key, tensor in state.items()}},
+    ],
+)
+@pytest.mark.parametrize("layout", ["zoo", "authors"])
+def test_checkpoints_are_unwrapped(wrap: Any, layout: str, zoo_state: dict[str, Tensor]) -> None:
+    state = zoo_state if layout == "zoo" else to_authors(zoo_state, "efficientvit_m0")
+    converted = convert_state_dict(wrap(state), "efficientvit_m0")
+    assert converted.keys() == zoo_state.keys()
+
+
+@pytest.mark.parametrize("layout", ["zoo", "authors"])
+def test_unknown_and_missing_keys_raise(layout: str, zoo_state: dict[str, Tensor]) -> None:
+    state = dict(zoo_state) if layout == "zoo" else to_authors(zoo_state, "efficientvit_m0")
+    extra = {**state, "head_dist.weight": torch.zeros(1)}
+    with pytest.raises(WeightsError, match=r"1 key \(head_dist\.weight\) unknown, 0 missing"):
+        convert_state_dict(extra, "efficientvit_m0")
+    bias = state.pop("head.linear.bias" if layout == "zoo" else "head.l.bias")
+    assert bias is not None
+    with pytest.raises(WeightsError, match=r"0 unknown, 1 key \(head\.linear\.bias\) missing"):
+        convert_state_dict(state, "efficientvit_m0")
+
+
+def test_blocks_that_the_model_does_not_have_raise(zoo_state: dict[str, Tensor]) -> None:
+    theirs = to_authors(zoo_state, "efficientvit_m0")
+    theirs["blocks3.9.dw0.m.c.weight"] = torch.zeros(192, 1, 3, 3)
+    with pytest.raises(WeightsError, match=r"blocks3\.9\.dw0\.m\.c\.weight"):
+        convert_state_dict(theirs, "efficientvit_m0")
+
+
+def test_names_of_both_layouts_at_once_raise(zoo_state: dict[str, Tensor]) -> None:
+    mixed = {**to_authors(zoo_state, "efficientvit_m0"), "head.linear.weight": torch.zeros(1000, 192)}
+    with pytest.raises(WeightsError, match=r"head\.linear\.weight"):
+        convert_state_dict(mixed, "efficientvit_m0")
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"model": {}}, {"epoch": 3}, {"model": {"a": 1}}, [], {"a": [1]}])
+def test_no_state_dict(checkpoint: Any) -> None:
+    with pytest.raises(WeightsError, match="No state dict"):
+        convert_state_dict(checkpoint, "efficientvit_m0")
+
+
+def test_unknown_model(zoo_state: dict[str, Tensor]) -> None:
+    with pytest.raises(UnknownModelError, match="Did you mean"):
+        convert_state_dict(zoo_state, "efficientvit_m9")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_convert_file_from_a_training_checkpoint(zipped: bool, zoo_state: dict[str, Tensor], tmp_path: Path) -> None:
+    source, target = tmp_path / "efficientvit_m0.pth", tmp_path / "efficientvit_m0.safetensors"
+    checkpoint = {"model": to_authors(zoo_state, "efficientvit_m0"), "args": Namespace(lr=1e-3)}
+    torch.save(checkpoint, source, _use_new_zipfile_serialization=zipped)
+    assert convert_file(source, target, "efficientvit_m0") == target
+    written = load_file(target)
+    assert written.keys() == zoo_state.keys()
+    assert all(torch.equal(written[key], zoo_state[key]) for key in written)
+    with safe_open(target, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["model"]) == ("pt", "efficientvit_m0")
+    assert len(metadata["source_sha256"]) == 64
+
+
+def test_convert_file_takes_tensors_that_share_memory(zoo_state: dict[str, Tensor], tmp_path: Path) -> None:
+    whole = torch.zeros(2, 192)
+    state = {**zoo_state, "head.bn.weight": whole[0], "head.bn.bias": whole[1]}
+    torch.save(state, tmp_path / "a.pth")
+    assert load_file(convert_file(tmp_path / "a.pth", tmp_path / "a.safetensors", "efficientvit_m0"))
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle_does_not_run(zipped: bool, tmp_path: Path) -> None:
+    source, ran = tmp_path / "m0.pth", tmp_path / "ran"
+    torch.save({"model": Payload(ran)}, source, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match=r"m0\.pth: not read"):
+        convert_file(source, tmp_path / "m0.safetensors", "efficientvit_m0")
+    assert not ran.exists()
+    assert not (tmp_path / "m0.safetensors").exists()
+    torch.load(source, weights_only=False)  # noqa: TID251 -- the payload works, where it is let
+    assert ran.exists()
+
+
+def test_damaged_pickle(zoo_state: dict[str, Tensor], tmp_path: Path) -> None:
+    source = tmp_path / "m0.pth"
+    torch.save(zoo_state, source)
+    source.write_bytes(source.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match=r"m0\.pth: not read") as raised:
+        convert_file(source, tmp_path / "m0.safetensors", "efficientvit_m0")
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,321 @@
+"""zoo.pretrained.load: files that are what they should be, and those that are not."""
+
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import zoo
+from zoo.atomic import save_safetensors
+from zoo.errors import WeightsError
+from zoo.pretrained import manifest
+from zoo.pretrained.load import fetch, fit_state_dict, load_state_dict
+from zoo.registry import get_family
+
+ROOT = Path(__file__).parents[2]
+REPO = "timm/efficientvit_m0.r224_in1k"
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """Random weights of M0."""
+    return zoo.create_model("efficientvit_m0").state_dict()
+
+
+@pytest.fixture
+def file(state: dict[str, Tensor], tmp_path: Path) -> Path:
+    """The same as a file."""
+    save_safetensors(state, tmp_path / "m0.safetensors")
+    return tmp_path / "m0.safetensors"
+
+
+def test_reads_what_was_written(file: Path, state: dict[str, Tensor]) -> None:
+    loaded = load_state_dict(file)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], tensor) and loaded[key].dtype == tensor.dtype for key, tensor in state.items())
+
+
+def test_what_is_read_does_not_change_with_the_file(file: Path, state: dict[str, Tensor]) -> None:
+    loaded = load_state_dict(file)
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
+
+
+def damage(file: Path, how: str) -> Path:
+    """Make a file, or what is in its place, unreadable in one of several ways."""
+    data = file.read_bytes()
+    if how == "missing" or how == "folder":
+        file.unlink()
+    if how == "folder":
+        file.mkdir()
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif how == "truncated header":
+        file.write_bytes(data[:100])
+    elif how == "corrupt header":
+        file.write_bytes(data[:8] + b"{" + bytes(range(200)) + data[209:])
+    elif how == "one byte":
+        file.write_bytes(b"P")
+    elif how == "text":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif how == "huge header":
+        file.write_bytes((2**60).to_bytes(8, "little") + data[8:])
+    return file
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("missing", "no such file; expected a safetensors file"),
+        ("folder", "a folder; expected a safetensors file"),
+        ("empty", "an empty file; expected safetensors"),
+        ("truncated", "not a whole safetensors file"),
+        ("truncated header", "not a whole safetensors file"),
+        ("corrupt header", "not a whole safetensors file"),
+        ("one byte", "not a whole safetensors file"),
+        ("text", "not a whole safetensors file"),
+        ("huge header", "not a whole safetensors file"),
+    ],
+)
+def test_unreadable_file(how: str, message: str, file: Path) -> None:
+    with pytest.raises(WeightsError, match=message) as raised:
+        zoo.create_model("efficientvit_m0", checkpoint=damage(file, how))
+    assert str(file) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", ["pth", "bin", "safetensors"])
+def test_pickle_is_refused_and_not_run(zipped: bool, suffix: str, tmp_path: Path) -> None:
+    file, ran = tmp_path / f"m0.{suffix}", tmp_path / "ran"
+    torch.save({"model": Payload(ran)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match=r"a pickle.*expected safetensors.*convert_file") as raised:
+        zoo.create_model("efficientvit_m0", checkpoint=file)
+    assert not ran.exists()
+    assert "\n" not in str(raised.value)
+
+
+def test_header_as_long_as_a_pickle_mark_is_still_safetensors(tmp_path: Path) -> None:
+    # A header of 640 bytes starts a file with 0x80 0x02, as a pickle of protocol 2 does.
+    file = tmp_path / "a.safetensors"
+    save_safetensors({"a": torch.ones(2)}, file, {"padding": ""})
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    save_safetensors({"a": torch.ones(2)}, file, {"padding": "x" * (640 - length)})
+    assert file.read_bytes()[:2] == b"\x80\x02"
+    assert torch.equal(load_state_dict(file)["a"], torch.ones(2))
+
+
+def test_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    other = {
+        "conv1.weight": torch.zeros(64, 3, 7, 7),
+        "fc.weight": torch.zeros(1000, 512),
+        "fc.bias": torch.zeros(1000),
+    }
+    save_safetensors(other, tmp_path / "resnet.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"does not fit efficientvit_m0: 3 keys \(conv1\.weight, .*\) unused"
+    ) as raised:
+        zoo.create_model("efficientvit_m0", checkpoint=tmp_path / "resnet.safetensors")
+    assert "missing" in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def test_checkpoint_of_another_variant(file: Path) -> None:
+    with pytest.raises(WeightsError, match=r"does not fit efficientvit_m5: .*\(patch_embed\.conv1\.conv\.weight, "):
+        zoo.create_model("efficientvit_m5", checkpoint=file)
+    with pytest.raises(WeightsError, match=r"does not fit efficientvit_m3: \d+ keys \(.*\) of another"):
+        zoo.create_model("efficientvit_m3", checkpoint=file)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda state: state.update({"head.fc.weight": torch.zeros(1)}),
+            r"1 key \(head\.fc\.weight\) unused, 0 missing",
+        ),
+        (lambda state: state.pop("head.linear.bias"), r"0 unused, 1 key \(head\.linear\.bias\) missing"),
+        (
+            lambda state: state.update({"head.bn.bias": torch.zeros(7)}),
+            r"1 key \(head\.bn\.bias\) of another shape",
+        ),
+        (
+            lambda state: state.update({"stages.0.blocks.0.mixer.m.attn.attention_biases": torch.zeros(4, 48)}),
+            r"1 key \(stages\.0\.blocks\.0\.mixer\.m\.attn\.attention_biases\) of another shape",
+        ),
+        (
+            lambda state: state.update({"stages.0.blocks.0.mixer.m.attn.attention_biases": torch.zeros(3, 49)}),
+            "of another shape",
+        ),
+        (lambda state: state.update({"head.linear.weight": torch.zeros(10, 7)}), "of another shape"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_any_other_mismatch_names_the_keys(change: Any, message: str, device: str, state: dict[str, Tensor]) -> None:
+    model = zoo.build(zoo.get_config("efficientvit_m0"), device=device)
+    state = dict(state)
+    change(state)
+    with pytest.raises(WeightsError, match=message):
+        fit_state_dict(model, state, get_family("efficientvit"))
+
+
+def test_a_real_model_keeps_its_tensors(state: dict[str, Tensor]) -> None:
+    model = zoo.create_model("efficientvit_m0", num_classes=7, in_chans=1)
+    before = dict(model.named_parameters())
+    fit_state_dict(model, state, get_family("efficientvit"))
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert torch.equal(model.state_dict()["head.bn.weight"], state["head.bn.weight"])
+
+
+# Getting the file.
+
+
+def packaged(folder: Path, monkeypatch: pytest.MonkeyPatch, sha256: str) -> manifest.Weights:
+    """An entry whose file is ``m0.safetensors`` in ``folder``."""
+    (folder / "efficientvit.toml").write_text(
+        f'[efficientvit_m0.here]\nfile = "m0.safetensors"\nlicence = "mit"\nlayout = "zoo"\nsha256 = "{sha256}"\n'
+    )
+    monkeypatch.setattr(manifest, "folder", lambda name: folder)
+    return zoo.get_weights("efficientvit_m0.here")
+
+
+def test_packaged_file(file: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = packaged(file.parent, monkeypatch, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert fetch(weights) == file
+    model = zoo.create_model("efficientvit_m0", pretrained=True)
+    assert torch.equal(model.state_dict()["head.linear.weight"], state["head.linear.weight"])
+
+
+def test_packaged_file_with_another_hash(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged(file.parent, monkeypatch, "0" * 64)
+    with pytest.raises(WeightsError, match=r"its sha256 is [0-9a-f]{64}, expected 0000"):
+        zoo.create_model("efficientvit_m0", pretrained=True)
+
+
+def test_packaged_file_that_is_not_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = packaged(file.parent, monkeypatch, "")
+    file.unlink()
+    with pytest.raises(WeightsError, match="should come with the package"):
+        fetch(weights)
+
+
+def run(code: str, home: Path, endpoint: str = "", offline: str = "0") -> subprocess.CompletedProcess[str]:
+    """Run Python with huggingface_hub's settings, which it reads once at import."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "no_proxy": "127.0.0.1"}
+    if endpoint:
+        environment["HF_ENDPOINT"] = endpoint
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+
+
+CREATE = """
+import torch, zoo
+torch.set_num_threads(1)
+try:
+    model = zoo.create_model("efficientvit_m0", pretrained=True)
+    print("loaded", model.state_dict()["head.linear.weight"].double().sum().item())
+except zoo.WeightsError as error:
+    print("refused", error)
+"""
+
+
+def test_download_end_to_end(hub: Any, file: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
+    hub.files[f"{REPO}/model.safetensors"] = file
+    expected = f"loaded {state['head.linear.weight'].double().sum().item()}"
+
+    cold = run(CREATE, tmp_path / "home", hub.endpoint)
+    assert cold.stdout.strip() == expected, cold.stderr
+    downloads = [request for request in hub.requests if request[0] == "GET" and "/resolve/" in request[1]]
+    assert [path for _, path, _ in downloads] == [f"/{REPO}/resolve/main/model.safetensors"]
+    assert all(f"zoo/{zoo.__version__}" in agent for _, _, agent in downloads)
+
+    warm = run(CREATE, tmp_path / "home", hub.endpoint)
+    assert warm.stdout.strip() == expected, warm.stderr
+    assert [request for request in hub.requests if request[0] == "GET" and "/resolve/" in request[1]] == downloads
+
+    offline = run(CREATE, tmp_path / "home", hub.endpoint, offline="1")
+    assert offline.stdout.strip() == expected, offline.stderr
+
+
+def test_download_with_another_hash(hub: Any, file: Path, tmp_path: Path) -> None:
+    hub.files[f"{REPO}/model.safetensors"] = file
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(ROOT / "weights" / "efficientvit.toml", weights)
+    text = (weights / "efficientvit.toml").read_text()
+    hashed = text.replace(f'hub = "{REPO}"', f'hub = "{REPO}"\nsha256 = "{"0" * 64}"')
+    assert hashed != text
+    (weights / "efficientvit.toml").write_text(hashed)
+    patch = (
+        f"from pathlib import Path; import zoo.pretrained.manifest as m; m.folder = lambda _: Path({str(weights)!r})"
+    )
+    done = run(patch + CREATE, tmp_path / "home", hub.endpoint)
+    assert done.stdout.startswith("refused"), done.stderr
+    assert "its sha256 is" in done.stdout
+
+
+def test_download_of_a_truncated_file(hub: Any, file: Path, tmp_path: Path) -> None:
+    hub.files[f"{REPO}/model.safetensors"] = damage(file, "truncated")
+    done = run(CREATE, tmp_path / "home", hub.endpoint)
+    assert "not a whole safetensors file" in done.stdout, done.stderr
+
+
+def closed_port() -> str:
+    """An address on which nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "cause",
+    ["offline", pytest.param("closed port", marks=pytest.mark.slow), "no such repository"],  # the client tries 6 times
+)
+def test_no_download_says_what_to_do(cause: str, hub: Any, tmp_path: Path) -> None:
+    endpoint = closed_port() if cause == "closed port" else hub.endpoint
+    done = run(CREATE, tmp_path / "home", endpoint, offline="1" if cause == "offline" else "0")
+    assert done.stdout.startswith("refused"), done.stderr
+    assert done.stdout.count("\n") == 1
+    for part in (REPO, "model.safetensors", "HF_HUB_OFFLINE", "checkpoint=FILE"):
+        assert part in done.stdout
+
+
+def test_classifier_of_other_classes_is_logged(
+    file: Path, state: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="zoo"):
+        model = zoo.create_model("efficientvit_m0", checkpoint=file, num_classes=10)
+    (record,) = caplog.records
+    assert record.name.startswith("zoo.")
+    assert "head.linear has 1000 classes, the model 10" in record.getMessage()
+    assert model.state_dict()["head.linear.weight"].shape == (10, 192)
+    assert torch.equal(model.state_dict()["head.bn.weight"], state["head.bn.weight"])
