@@ -1,0 +1,57 @@
+"""Rewrites the tables of README.md that repeat what the index and the weights manifests say.
+
+    python scripts/readme_tables.py
+
+Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced. A test keeps the README as this writes it.
+"""
+
+import re
+from pathlib import Path
+
+from zoo.pretrained.manifest import Weights, list_weights
+from zoo.registry import index, list_models
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def models_table() -> str:
+    """A row for each variant: costs at its own resolution, published accuracy, weights."""
+    rows = ["| model | params (M) | MACs (M) | px | top-1 (%) | weights |", "|---|---:|---:|---:|---:|---|"]
+    for name in list_models():
+        entry = index()[name]
+        weights = list_weights(name)
+        size = entry["img_size"]
+        side = size if isinstance(size, int) else " x ".join(map(str, size))
+        top1 = next((f"{metric.top1:.1f}" for each in weights for metric in each.metrics), "-")
+        tags = ", ".join(f"`{each.tag}`" for each in weights) or "-"
+        rows.append(
+            f"| `{name}` | {entry['params'] / 1e6:.2f} | {entry['macs'] / 1e6:,.1f} | {side} | {top1} | {tags} |"
+        )
+    return "\n".join(rows)
+
+
+def weights_table() -> str:
+    """A row for each set of weights: where it is, its licence, its figures and who published them."""
+    rows = ["| weights | from | licence | top-1 (%) | published by |", "|---|---|---|---:|---|"]
+    for entry in list_weights():
+        metric = entry.metrics[0] if entry.metrics else None
+        top1, source = (f"{metric.top1:g} ({metric.dataset})", metric.source) if metric else ("-", "-")
+        rows.append(f"| `{entry.name}` | {_place(entry)} | {entry.licence} | {top1} | {source} |")
+    return "\n".join(rows)
+
+
+def _place(entry: Weights) -> str:
+    return "the package" if entry.packaged else f"Hub: `{entry.hub}`"
+
+
+def rendered(text: str) -> str:
+    """The README with its tables brought up to date."""
+    for name, table in {"models": models_table(), "weights": weights_table()}.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        assert re.search(pattern, text, re.DOTALL), f"README.md has no <!-- {name} --> section"
+        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,29 @@
+"""The README says what the code and the manifests say."""
+
+import re
+import runpy
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    opening = README[:600]
+    assert opening.index("scripts/quickstart") < opening.index("scripts/test")
+
+
+def test_readme_tables_are_current() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "readme_tables.py"))
+    assert script["rendered"](README) == README, "run: python scripts/readme_tables.py"
+
+
+def test_every_family_is_in_the_notice_and_every_path_in_the_readme_exists() -> None:
+    from zoo.models import MODULES
+    from zoo.registry import get_family
+
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    for name in MODULES:
+        assert get_family(name).paper.partition(" ")[0] in notice, name
+    for path in re.findall(r"`((?:scripts|recipes|docs|weights)/[\w./-]+)`", README):
+        assert (ROOT / path).exists(), path
