@@ -8,8 +8,8 @@ Writes weights/<name>.safetensors and prints the figures and the sha256 for the 
 import argparse
 import hashlib
 import json
+from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from zoo.atomic import save_safetensors
@@ -20,10 +20,10 @@ from zoo.train.run_folder import RunFolder, read_json
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=RunFolder, help="a finished run folder")
+    parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("name", help="model.tag")
     arguments = parser.parse_args()
-    run: RunFolder = arguments.run
+    run = RunFolder(arguments.run)
 
     state = load_file(run.weights)
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

@@ -2,9 +2,9 @@
 
 import re
 import runpy
+from pathlib import Path
 
-from conftest import ROOT
-
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -132,6 +132,11 @@ class ImageConfig(ModelConfig):
         """Nominal input (height, width) in pixels."""
         return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
 
+    def map_hw(self, reduction: int) -> tuple[int, int]:
+        """Height and width of the map that this many pixels a side make one position of; convolutions round up."""
+        height, width = self.input_hw
+        return -(-height // reduction), -(-width // reduction)
+
     @property
     def min_input_side(self) -> int:
         """The smallest side in pixels that the network can stride down; families with a deeper stem raise it."""

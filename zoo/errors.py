@@ -23,6 +23,10 @@ class UnknownModelError(ZooError):
     """A model name or weight tag that is not registered."""
 
 
+class ShapeError(ZooError):
+    """Tensors whose shapes, dtypes or devices an operator cannot take together."""
+
+
 class RecipeError(ZooError):
     """A recipe that cannot be found, parsed, or checked."""
 
@@ -49,6 +53,11 @@ def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     """``" Did you mean: a, b?"`` with the choices closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(str(name), list(choices), n=count, cutoff=0.5)
     return f" Did you mean: {', '.join(matches)}?" if matches else ""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; its type's name when it says nothing."""
+    return next(iter(str(error).splitlines()), "").rstrip(". ") or type(error).__name__
 
 
 def require(module: str, *, extra: str, why: str) -> ModuleType:

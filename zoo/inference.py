@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from zoo.data.image import eval_transform, read_image
-from zoo.errors import WeightsError
+from zoo.data.image import as_rgb, eval_transform, read_image
+from zoo.errors import ConfigError, WeightsError, reason
 from zoo.factory import build, create_model
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.pretrained.manifest import get_weights
 from zoo.registry import family_of
 from zoo.train.run_folder import ModelRecord, RunFolder
+
+_BATCH = 64  # pictures that go through the model together
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,27 @@ class Classifier:
     def predict(self, pictures: Sequence[str | Path | Image.Image], *, top: int = 5) -> list[list[tuple[str, float]]]:
         """The likeliest classes of each picture, as ``(label, probability)``, likeliest first.
 
+        Args:
+            pictures: Files, or pictures of any mode.
+            top: How many classes; all of them if there are fewer.
+
         Raises:
             DataError: If a picture cannot be read.
         """
         transform = eval_transform(self.preprocessing)
-        images = [picture if isinstance(picture, Image.Image) else read_image(picture) for picture in pictures]
-        device = next(self.model.parameters()).device
-        batch = torch.stack([transform(image) for image in images]).to(device)
-        probabilities = self.model(batch).float().softmax(dim=-1).cpu()
-        values, indices = probabilities.topk(min(top, probabilities.shape[1]))
-        return [
-            [(self.labels[index], value) for value, index in zip(row_values, row_indices, strict=True)]
-            for row_values, row_indices in zip(values.tolist(), indices.tolist(), strict=True)
-        ]
+        example = next(self.model.parameters())
+        answers: list[list[tuple[str, float]]] = []
+        for start in range(0, len(pictures), _BATCH):
+            images = [transform(_open(picture)) for picture in pictures[start : start + _BATCH]]
+            logits = self.model(torch.stack(images).to(example.device, example.dtype))
+            ranked = logits.float().softmax(dim=-1).cpu().topk(min(top, logits.shape[1]))
+            for values, indices in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True):
+                answers.append([(self.labels[i], value) for i, value in zip(indices, values, strict=True)])
+        return answers
+
+
+def _open(picture: str | Path | Image.Image) -> Image.Image:
+    return as_rgb(picture) if isinstance(picture, Image.Image) else read_image(picture)
 
 
 def load_classifier(model: str | Path, *, device: str | torch.device | None = None) -> Classifier:
@@ -57,10 +67,14 @@ def load_classifier(model: str | Path, *, device: str | torch.device | None = No
 
     Raises:
         UnknownModelError, WeightsError: If there is no such model, folder, or file.
+        ConfigError: If the device cannot be used.
     """
+    _check_device(device)
     if Path(model).is_dir():
         return load_run(model, device=device)
-    weights = get_weights(str(model))
+    if not isinstance(model, str) or len(Path(model).parts) > 1:
+        raise WeightsError(f"No run folder {str(model)!r}; expected one, or the name of a model (`zoo list`).")
+    weights = get_weights(model)
     network = create_model(weights.name, pretrained=True, device=device).eval()
     return Classifier(network, weights.preprocessing, class_names(weights.labels))
 
@@ -82,11 +96,18 @@ def load_run(
     return Classifier(network.eval(), record.preprocessing, record.labels)
 
 
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"Device {str(device)!r} cannot be used here: {reason(error)}.") from error
+
+
 def class_names(labels: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Class names in the order of the logits; the name ``"imagenet-1k"`` stands for its 1,000 descriptions."""
-    if labels != "imagenet-1k":
-        return tuple(labels)
+    """Class names in the order of the logits; a string, as ``"imagenet-1k"``, is a set that timm knows."""
+    if not isinstance(labels, str):
+        return labels
     from timm.data import ImageNetInfo
 
-    info = ImageNetInfo("imagenet-1k")
+    info = ImageNetInfo(labels)
     return tuple(info.index_to_description(i, detailed=False) for i in range(info.num_classes()))

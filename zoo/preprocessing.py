@@ -13,10 +13,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize so that the crop is ``crop_pct`` of the shorter side, crop the centre, scale to 0..1, normalise."""
+    """Resize so that the crop is ``crop_pct`` of the shorter side, crop the centre, scale to 0..1, normalise.
+
+    With ``crop_mode="squash"`` the crop is ``crop_pct`` of both sides: the picture loses its aspect ratio, no border.
+    """
 
     img_size: tuple[int, int] = (224, 224)  # (height, width) of the crop in pixels
     crop_pct: float = 0.875
+    crop_mode: str = "center"  # or "squash"
     interpolation: str = "bicubic"  # "bicubic", "bilinear" or "nearest"
     mean: tuple[float, ...] = IMAGENET_MEAN  # per channel, of pixels in 0..1
     std: tuple[float, ...] = IMAGENET_STD
@@ -30,6 +34,8 @@ class Preprocessing:
             raise WeightsError(f"preprocessing.img_size is {size}; expected a side or (height, width) in pixels.")
         if not 0.0 < self.crop_pct <= 1.0:
             raise WeightsError(f"preprocessing.crop_pct is {self.crop_pct}; expected 0 < crop_pct <= 1.")
+        if self.crop_mode not in ("center", "squash"):
+            raise WeightsError(f"preprocessing.crop_mode is {self.crop_mode!r}; expected 'center' or 'squash'.")
         if self.interpolation not in ("bicubic", "bilinear", "nearest"):
             raise WeightsError(
                 f"preprocessing.interpolation is {self.interpolation!r}; expected 'bicubic', 'bilinear' or 'nearest'."

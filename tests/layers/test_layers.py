@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from zoo.layers import (
+    AttentionBias,
     ConvNorm,
     DropPath,
     GlobalPool,
@@ -51,17 +52,48 @@ def test_drop_path_rates() -> None:
 @pytest.mark.parametrize("old, new", [(4, 7), (7, 4), (7, 2), (1, 3)])
 def test_bias_table_is_resized_as_timm_does(old: int, new: int) -> None:
     table = torch.randn(3, old * old)
-    assert_close(resize_bias_table(table, new), resize_rel_pos_bias_table_levit(table.T, (new * new, 3)).T)
-    assert resize_bias_table(table.bfloat16(), new).dtype == torch.bfloat16
-    assert resize_bias_table(table, old) is table
+    resized = resize_bias_table(table, (old, old), (new, new))
+    assert_close(resized, resize_rel_pos_bias_table_levit(table.T, (new * new, 3)).T)
+    assert resize_bias_table(table.bfloat16(), (old, old), (new, new)).dtype == torch.bfloat16
+    exact = resize_bias_table(table.double(), (old, old), (new, new))
+    assert exact.dtype == torch.float64
+    assert_close(resized, exact.float(), rtol=1e-5, atol=1e-5)
+    assert resize_bias_table(table, (old, old), (old, old)) is table
 
 
-def test_offset_index() -> None:
-    index = offset_index(3)
-    assert index.shape == (9, 9)
-    for p in range(9):
-        for q in range(9):
-            assert index[p, q] == abs(p // 3 - q // 3) * 3 + abs(p % 3 - q % 3)
+@pytest.mark.parametrize("height, width, stride", [(3, 3, 1), (2, 4, 1), (3, 5, 2), (4, 2, 2)])
+def test_offset_index(height: int, width: int, stride: int) -> None:
+    index = offset_index(height, width, stride)
+    queries = [(y, x) for y in range(0, height, stride) for x in range(0, width, stride)]
+    keys = [(y, x) for y in range(height) for x in range(width)]
+    assert index.tolist() == [[abs(a - c) * width + abs(b - d) for c, d in keys] for a, b in queries]
+    assert index[0].tolist() == list(range(height * width))
+
+
+class Biased(AttentionBias):
+    """An attention bias and nothing else."""
+
+    def __init__(self, height: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.init_attention_bias(2, (height, width), stride=stride)
+        nn.init.normal_(self.attention_biases)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_attention_bias_at_another_size(stride: int, frozen: bool) -> None:
+    """In the forward pass, through ``load_state_dict`` and by resizing, before and after it is frozen: all the same."""
+    module, loaded = Biased(5, 5, stride), Biased(4, 6, stride)
+    loaded.load_state_dict({**module.state_dict(), "attention_bias_idxs": torch.zeros(1)})
+    expected = loaded.attention_bias()
+    assert expected.shape == (2, 24 // stride**2, 24)
+    if frozen:
+        module.freeze_attention_bias()
+    assert torch.equal(module.attention_bias_at(4, 6), expected)
+    assert torch.equal(module.attention_bias_at(5, 5), module.attention_bias())
+    module.resize_attention_bias((4, 6))
+    assert torch.equal(module.attention_bias(), expected)
+    assert bool(list(module.parameters())) != frozen
 
 
 def trained(module: nn.Module) -> nn.Module:

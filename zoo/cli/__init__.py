@@ -1,10 +1,11 @@
-"""The ``zoo`` command. Each verb is a small file that imports what it needs when it runs, so that `zoo list` is quick."""
+"""The ``zoo`` command. Each verb is a small file that imports what it needs when it runs: `zoo list` is quick."""
 
 import logging
 import sys
 
 import typer
 
+import zoo
 from zoo.cli import evaluate, finetune, info, listing, predict
 from zoo.errors import ZooError
 
@@ -23,22 +24,30 @@ app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
 
 
-@app.callback()
-def _configure(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    if version:
-        import zoo
-
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(zoo.__version__)
         raise typer.Exit
 
 
-def main() -> None:
-    """Run the command; a :class:`ZooError` is one line on standard error, and its ``exit_code``."""
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Options of the command itself; typer prints the help that ``app`` was given."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; a :class:`ZooError` is one line on standard error, and its ``exit_code``.
+
+    Args:
+        arguments: Those of the command line by default.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        app()
+        app(arguments)
     except ZooError as error:
-        print(f"zoo: {error}", file=sys.stderr)
+        print("zoo:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -27,4 +27,5 @@ def evaluate(
         f"{run}, {figures['split']}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, "
         f"loss {figures['loss']:.4f} on {figures['samples']:,} pictures",
         soft_wrap=True,
+        markup=False,
     )

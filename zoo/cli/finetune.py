@@ -1,5 +1,8 @@
 """``zoo train`` and ``zoo finetune``"""
 
+import shlex
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +42,11 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
     from zoo.train.finetune import finetune
 
     out = out or Path("runs") / find_recipe(name).stem
-    comparison = finetune(recipe, out, resume=resume)
+    try:
+        comparison = finetune(recipe, out, resume=resume)
+    except KeyboardInterrupt as interrupt:
+        print(f"zoo: interrupted; with --resume the same command continues {out}.", file=sys.stderr)
+        raise typer.Exit(130) from interrupt
     screen = console()
     grid = table("held-out part", ">top-1 (%)", ">loss (nats)", ">epoch", ">minutes")
     for label, result in (("this run", comparison.result), ("from scratch", comparison.from_scratch)):
@@ -52,5 +59,7 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
                 f"{result.seconds / 60:.1f}",
             )
     screen.print(grid)
-    screen.print(f"\nWeights, curves and metrics are in {out}. Go on with:", soft_wrap=True)
-    screen.print(f"  zoo eval {out}\n  zoo predict {out}/sample.png --model {out}", soft_wrap=True)
+    say = partial(screen.print, soft_wrap=True, markup=False)
+    say(f"\nWeights, curves and metrics are in {out}. Go on with:")
+    say(f"  zoo eval {shlex.quote(str(out))}")
+    say(f"  zoo predict {shlex.quote(str(out / 'sample.png'))} --model {shlex.quote(str(out))}")

@@ -1,8 +1,20 @@
 """``zoo info``"""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from zoo.pretrained.manifest import Weights
+
+
+def _record(weights: "Weights") -> dict[str, Any]:
+    """A set of weights as plain values; of a packaged file, its path."""
+    import dataclasses
+
+    values = dataclasses.asdict(weights)
+    del values["folder"]
+    return {"name": weights.name, **values, "path": str(weights.path) if weights.packaged else None}
 
 
 def info(
@@ -35,7 +47,7 @@ def info(
                 "code_licence": family.licence,
                 "config": config.to_dict(),
                 "costs": dataclasses.asdict(costs),
-                "weights": [dataclasses.asdict(each) for each in weights],
+                "weights": [_record(each) for each in weights],
             }
         )
         return
@@ -45,7 +57,9 @@ def info(
     facts.show_header = False
     facts.add_row("paper", family.paper)
     facts.add_row("original code", f"{family.code} ({family.licence})")
-    facts.add_row("costs", f"{costs.params:,} parameters, {costs.macs / 1e6:,.1f} MMACs, {costs.activations:,} activations")
+    facts.add_row(
+        "costs", f"{costs.params:,} parameters, {costs.macs / 1e6:,.1f} MMACs, {costs.activations:,} activations"
+    )
     for field, value in config.to_dict().items():
         facts.add_row(field, repr(value))
     out.print(facts)

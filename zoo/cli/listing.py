@@ -16,12 +16,17 @@ def list_models(
     from zoo.cli._output import console, millions, print_json, table
     from zoo.errors import UnknownModelError, nearest
     from zoo.pretrained.manifest import get_weights, list_weights
-    from zoo.registry import index, split_name
+    from zoo.registry import families, index, split_name
 
+    if task is not None:
+        tasks = {entry["task"] for entry in index().values()} | {family.task for family in families()}
+        if task not in tasks:
+            raise UnknownModelError(f"No model is for task {task!r}; expected {' or '.join(sorted(tasks))}.")
     names = zoo.list_models(patterns or "", pretrained=pretrained, task=task)
     if not names:
         wanted = " ".join(patterns or [])
-        raise UnknownModelError(f"No model matches {wanted!r}.{nearest(wanted.strip('*'), zoo.list_models())}")
+        kind = "pretrained model" if pretrained else "model"
+        raise UnknownModelError(f"No {kind} matches {wanted!r}.{nearest(wanted.strip('*'), zoo.list_models())}")
     rows: list[dict[str, Any]] = []
     for name in names:
         variant, tag = split_name(name)

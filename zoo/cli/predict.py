@@ -14,6 +14,8 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Classify pictures: the likeliest classes with their probabilities."""
+    from rich.markup import escape
+
     from zoo.cli._output import console, print_json, table
     from zoo.inference import load_classifier
 
@@ -27,8 +29,8 @@ def predict(
         return
     out = console()
     for picture, answer in zip(pictures, answers, strict=True):
-        out.print(f"[bold]{picture}[/bold]")
+        out.print(str(picture), style="bold", markup=False, soft_wrap=True)
         grid = table(">%", "class")
         for label, value in answer:
-            grid.add_row(f"{100 * value:.2f}", label)
+            grid.add_row(f"{100 * value:.2f}", escape(label))
         out.print(grid)

@@ -2,8 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from zoo.data.image import Transform
+from torchvision.transforms import v2
+
+from zoo.data.image import ToInput, Transform
 from zoo.data.loader import Batch, seeded
+from zoo.errors import RecipeError
 from zoo.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -11,23 +14,37 @@ if TYPE_CHECKING:
 
 
 def train_transform(augment: "Augment", preprocessing: Preprocessing) -> Transform:
-    """RGB picture -> ``[3, H, W]`` float32, randomly cropped, mirrored, recoloured and erased as the recipe says."""
-    from timm.data import create_transform
+    """RGB picture -> ``[C, H, W]`` float32, randomly cropped, mirrored, recoloured and erased as the recipe says.
 
-    return create_transform(
-        input_size=(3, *preprocessing.img_size),
-        is_training=True,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,
-        auto_augment=augment.auto_augment or None,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        re_prob=augment.erasing,
-        re_mode="pixel",
-    )
+    For three channels it is timm's training transform; for others the picture turns grey before it is normalised.
+
+    Raises:
+        RecipeError: If ``augment.auto_augment`` is not in timm's notation.
+    """
+    from timm.data import create_transform
+    from timm.data.random_erasing import RandomErasing
+
+    mean = preprocessing.mean
+    try:
+        crop, recolour, _ = create_transform(
+            input_size=(3, *preprocessing.img_size),
+            is_training=True,
+            separate=True,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm's default is wider than its type
+            auto_augment=augment.auto_augment or None,
+            interpolation=preprocessing.interpolation,
+            mean=mean if len(mean) == 3 else mean[:1] * 3,  # the colour of what a rotation brings in
+        )
+    except (AssertionError, IndexError, KeyError, ValueError) as error:  # what timm's parser meets
+        raise RecipeError(
+            f"augment.auto_augment is {augment.auto_augment!r}; expected timm's notation, such as "
+            "'rand-m9-mstd0.5-inc1', 'augmix-m3-w3' or 'original'."
+        ) from error
+    erase = [RandomErasing(augment.erasing, mode="pixel", device="cpu")] if augment.erasing else []
+    return v2.Compose([crop, recolour, ToInput(preprocessing), *erase])
 
 
 class Mixing:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from zoo.errors import DataError
+from zoo.errors import DataError, reason
 from zoo.preprocessing import Preprocessing
 
 Transform = Callable[[Image.Image], Tensor]
@@ -24,10 +24,7 @@ _INTERPOLATION = {
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Any picture that Pillow reads, as RGB.
-
-    Transparency is laid over white, 16-bit greys are scaled to 8 bits (Pillow's own conversion clips them), and CMYK
-    and palettes are converted.
+    """Any picture that Pillow reads, as RGB (:func:`as_rgb`); of an animation, the first frame.
 
     Args:
         data: The file's bytes.
@@ -36,15 +33,28 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         DataError: If this is not a picture, is cut short, or is large enough to exhaust memory.
     """
+    if not data:
+        raise DataError(f"{name} is empty; expected a picture.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             image.load()
+        return as_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large to decode safely (limit {Image.MAX_IMAGE_PIXELS:,} pixels).") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} is not a picture of any format that Pillow reads.") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{name} is not a readable picture: {str(error).splitlines()[0] or 'damaged file'}.") from error
+        raise DataError(f"{name} is a damaged picture: {reason(error)}.") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB.
+
+    Transparency is laid over white, 16-bit greys are scaled to 8 bits (Pillow's own conversion clips them), and CMYK
+    and palettes are converted.
+    """
     if image.mode.startswith("I"):  # 16 bits stored as I;16 or as 32-bit integers
         grey = np.asarray(image).astype(np.int64)
         image = Image.fromarray(np.clip(grey >> 8, 0, 255).astype(np.uint8))
@@ -64,28 +74,23 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:
-    """RGB picture -> ``[3, H, W]`` float32: resize, centre crop, scale to 0..1, normalise; equal to timm's."""
+    """RGB picture -> ``[C, H, W]`` float32: resize, centre crop, scale to 0..1, normalise; equal to timm's."""
     height, width = preprocessing.img_size
-    return v2.Compose(
-        [
-            _Resize(preprocessing),
-            v2.CenterCrop((height, width)),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            _Normalize(preprocessing),
-        ]
-    )
+    return v2.Compose([_Resize(preprocessing), v2.CenterCrop((height, width)), ToInput(preprocessing)])
 
 
 class _Resize:
-    """Scale so that the crop covers ``crop_pct`` of the picture along its tighter side."""
+    """Scale so that the crop covers ``crop_pct`` of the picture along its tighter side, or squashed along both."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.target = [int(side / preprocessing.crop_pct) for side in preprocessing.img_size]
+        self.squash = preprocessing.crop_mode == "squash"
         self.interpolation = _INTERPOLATION[preprocessing.interpolation]
 
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.target
+        if self.squash:
+            return v2.functional.resize(image, [height, width], interpolation=self.interpolation)
         if height == width:
             return v2.functional.resize(image, [height], interpolation=self.interpolation)
         scale = max(height / image.height, width / image.width)
@@ -93,14 +98,19 @@ class _Resize:
         return v2.functional.resize(image, size, interpolation=self.interpolation)
 
 
-class _Normalize:
-    """Subtract the mean and divide by the std; a model of other than three channels gets grey, repeated."""
+class ToInput:
+    """The last stage of every transform: an RGB picture of the right size -> ``[C, H, W]`` float32, normalised.
+
+    For a model of other than three channels the picture turns grey, repeated.
+    """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.mean = torch.tensor(preprocessing.mean)[:, None, None]
         self.std = torch.tensor(preprocessing.std)[:, None, None]
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Image.Image) -> Tensor:
+        # Divided, as timm does it: torchvision's ToDtype multiplies by 1/255, which rounds differently.
+        pixels = v2.functional.pil_to_tensor(image).float().div(255)
         if len(self.mean) != 3:
-            image = v2.functional.rgb_to_grayscale(image).expand(len(self.mean), -1, -1)
-        return image.sub(self.mean).div(self.std)
+            pixels = v2.functional.rgb_to_grayscale(pixels).expand(len(self.mean), -1, -1)
+        return pixels.sub(self.mean).div(self.std)

@@ -5,6 +5,7 @@ sample), so it depends neither on the workers nor on the batch that the sample f
 """
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from zoo.data.image import Transform, decode_image
 from zoo.data.sources import ImageSource
+from zoo.errors import DataError
 
 
 @dataclass
@@ -24,6 +26,10 @@ class Batch:
 
     inputs: Tensor  # [B, C, H, W] float32
     targets: Tensor  # [B] int64 class indices, or [B, num_classes] float32 after mixing
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory, from which copies to a GPU need not be waited for."""
+        return Batch(self.inputs.pin_memory(), self.targets.pin_memory())
 
     def to(self, device: torch.device, *, channels_last: bool = False) -> "Batch":
         """A copy on ``device``."""
@@ -70,16 +76,21 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> "tuple[Tensor, int] | DataError":
         epoch, position = key
         index = int(self.indices[position])
+        if get_worker_info() is None:
+            with seeded(self.seed, epoch, index):
+                return self._load(index)
+        seed_everything(self.seed, epoch, index)  # nobody else draws from a worker's generators
+        try:
+            return self._load(index)
+        except DataError as error:
+            return error  # handed over as a value: a worker's exception arrives with its traceback as the message
+
+    def _load(self, index: int) -> tuple[Tensor, int]:
         picture = decode_image(self.source.encoded(index), self.source.describe(index))
-        label = int(self.source.labels[index])
-        if get_worker_info() is not None:  # nobody else draws from a worker's generators: no need to put them back
-            seed_everything(self.seed, epoch, index)
-            return self.transform(picture), label
-        with seeded(self.seed, epoch, index):
-            return self.transform(picture), label
+        return self.transform(picture), int(self.source.labels[index])
 
 
 class EpochSampler:
@@ -139,7 +150,11 @@ class Loader:
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            # Not forkserver, Python 3.14's default: it pickles the data set for every worker, and its workers outlive a
+            # training process that was killed.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # or each epoch would draw a number from torch's global one
         )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -150,11 +165,24 @@ class Loader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """End the worker processes, which otherwise wait for the next epoch. The loader is of no use afterwards."""
+        del self._loader
 
 
-def _collate(samples: list[tuple[Tensor, int]]) -> Batch:
-    return Batch(torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples]))
+def _collate(samples: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
+    images, labels = [], []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        images.append(sample[0])
+        labels.append(sample[1])
+    return Batch(torch.stack(images), torch.tensor(labels))
 
 
 def _one_thread(_: int) -> None:

@@ -5,17 +5,27 @@ next stage (:mod:`zoo.data.image`).
 """
 
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zoo.errors import DataError, nearest, require
+from zoo.errors import DataError, nearest, reason, require
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 EMBEDDED = Path(__file__).parent / "embedded"
+
+# the folder names that a split goes by, the likeliest first
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "val", "valid", "validation"),
+    "val": ("val", "valid", "validation"),
+    "validation": ("validation", "val", "valid"),
+}
+_SPLITS |= {"training": _SPLITS["train"], "valid": _SPLITS["val"]}
 
 
 class ImageSource(ABC):
@@ -44,19 +54,21 @@ class ImageSource(ABC):
 class FolderSource(ImageSource):
     """A folder of class folders: ``root/<class>/**/<picture>``. Classes are sorted by name, as torchvision does.
 
+    Files and folders whose name starts with a dot are left out.
+
     Raises:
         DataError: If there is no class folder, or one holds no picture.
     """
 
     def __init__(self, root: Path) -> None:
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        folders = _folders(root)
         if not folders:
             raise DataError(f"{root} has no class folders; expected {root}/<class name>/<pictures>.")
         self.classes = tuple(folder.name for folder in folders)
         self.paths: list[Path] = []
         labels: list[int] = []
         for label, folder in enumerate(folders):
-            found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(_pictures(folder))
             if not found:
                 raise DataError(f"Class folder {folder} holds no pictures; remove it, or add some ({_suffixes()}).")
             self.paths += found
@@ -81,13 +93,20 @@ class ParquetSource(ImageSource):
 
     def __init__(self, files: Sequence[Path]) -> None:
         parquet = require("pyarrow.parquet", extra="train", why="Reading parquet files")
-        try:
-            tables = [parquet.read_table(file) for file in files]
-        except Exception as error:  # pyarrow raises several unrelated types for a damaged file
-            raise DataError(f"Cannot read {files[0]} as parquet: {str(error).splitlines()[0]}.") from error
+        tables = []
+        for file in files:
+            try:
+                tables.append(parquet.read_table(file))
+            except Exception as error:  # pyarrow raises several unrelated types for a damaged file
+                raise DataError(f"Cannot read {file} as parquet: {reason(error)}.") from error
         self.name = str(files[0].parent if len(files) > 1 else files[0])
         image, label = self._columns(tables[0])
-        self.labels = np.concatenate([table.column(label).to_numpy() for table in tables]).astype(np.int64)
+        labels = np.concatenate([table.column(label).to_numpy() for table in tables])
+        if labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{self.name}: column {label!r} is {tables[0].schema.field(label).type}; expected integers."
+            )
+        self.labels = labels.astype(np.int64)
         self._images = [chunk for table in tables for chunk in table.column(image).chunks]
         self._starts = np.cumsum([0] + [len(chunk) for chunk in self._images])
         names = _class_names(tables[0].schema.metadata, label)
@@ -101,6 +120,9 @@ class ParquetSource(ImageSource):
             raise DataError(
                 f"{self.name} has the columns {', '.join(table.column_names)}; expected 'image' or 'img', and 'label'."
             )
+        kind = table.schema.field(image).type
+        if not hasattr(kind, "get_field_index") or kind.get_field_index("bytes") < 0:
+            raise DataError(f"{self.name}: column {image!r} is {kind}; expected the Hub's struct<bytes, path>.")
         return image, label
 
     def encoded(self, index: int) -> bytes:
@@ -120,7 +142,7 @@ class HubSource(ImageSource):
             data = datasets.load_dataset(name, split=split)
         except Exception as error:  # datasets wraps network, name and split mistakes in many types
             raise DataError(
-                f"Cannot load data set {name!r}, split {split!r}: {str(error).splitlines()[0]} "
+                f"Cannot load data set {name!r}, split {split!r}: {reason(error)}. "
                 "Check the name and the network, or pass a local copy as data.root=FOLDER."
             ) from error
         kinds = {column: type(feature).__name__ for column, feature in data.features.items()}
@@ -153,10 +175,12 @@ def open_source(name: str, *, split: str = "train", root: str = "") -> ImageSour
     Raises:
         DataError: If it cannot be found or read, in one line that says what was expected.
     """
-    embedded = EMBEDDED / f"{name}.parquet"
-    place = Path(root).expanduser() if root else embedded if embedded.is_file() else Path(name).expanduser()
+    embedded = sorted(path.stem for path in EMBEDDED.glob("*.parquet"))
+    place = Path(root or name).expanduser()
+    if not root and name in embedded:
+        place = EMBEDDED / f"{name}.parquet"
     if place.is_file():
-        if place != embedded and place.suffix != ".parquet":
+        if place.suffix != ".parquet":
             raise DataError(f"{place} is a file; expected a folder of class folders or a .parquet file.")
         if split != "train":
             raise DataError(f"{name!r} has the split 'train' only, not {split!r}; hold a part out with data.holdout.")
@@ -165,12 +189,11 @@ def open_source(name: str, *, split: str = "train", root: str = "") -> ImageSour
         return _open_folder(place, split)
     if root:
         raise DataError(f"data.root is {root!r}, which is not there; expected a folder.")
-    if "/" in name and not name.startswith((".", "/", "~")):
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return HubSource(name, split)
-    known = sorted(path.stem for path in EMBEDDED.glob("*.parquet"))
     raise DataError(
-        f"Unknown data set {name!r}.{nearest(name, known)} Expected one of {', '.join(known)}, a folder, "
-        "or a Hub data set as owner/name."
+        f"Unknown data set {name!r}.{nearest(name, embedded)} Expected one of {', '.join(embedded)}, a folder, "
+        "a parquet file, or a Hub data set as owner/name."
     )
 
 
@@ -185,12 +208,15 @@ def _open_folder(root: Path, split: str) -> ImageSource:
                     f"{folder} has no split {split!r}.{nearest(split, splits)} It has: {', '.join(splits)}."
                 )
             return ParquetSource(chosen)
-    names = {"train": ("train",), "test": ("test", "val", "validation"), "validation": ("validation", "val")}
-    for name in names.get(split, (split,)):
-        if (root / name).is_dir():
+    # A folder of class folders may be a split; a folder of pictures is a class, whatever its name.
+    splits = [folder.name for folder in _folders(root) if folder.name in {split, *_SPLITS} and _folders(folder)]
+    for name in _SPLITS.get(split, (split,)):
+        if name in splits:
             return FolderSource(root / name)
+    if splits:
+        raise DataError(f"{root} has no split {split!r}.{nearest(split, splits)} It has: {', '.join(splits)}.")
     if split != "train":
-        raise DataError(f"{root} has no folder for the split {split!r}; hold a part of it out with data.holdout.")
+        raise DataError(f"{root} has the split 'train' only, not {split!r}; hold a part out with data.holdout.")
     return FolderSource(root)
 
 
@@ -199,8 +225,12 @@ def stratified_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[
 
     Args:
         labels: ``[N]`` int64.
-        fraction: Share to hold out, in (0, 1). Every class with two samples or more keeps and gives at least one.
+        fraction: Share to hold out, in (0, 1). Every class with two samples or more keeps and gives at least one; a
+            single sample is kept for training.
         seed: Decides which.
+
+    Raises:
+        DataError: If there is nothing to hold out.
     """
     generator = np.random.default_rng([seed, 0x5EED])
     held_out = []
@@ -209,7 +239,23 @@ def stratified_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held_out.append(members[:count])
     held = np.sort(np.concatenate(held_out))
+    if not len(held):
+        raise DataError(f"None of the {len(held_out)} classes has two samples, so that none can be held out.")
     return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folders in ``root``, by name."""
+    with os.scandir(root) as entries:
+        return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield Path(place, name)
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
-"""LeViT's attention bias: one learned number per head and per offset ``(|dy|, |dx|)`` between two positions of a map."""
+"""LeViT's attention bias: one learned number per head and offset ``(|dy|, |dx|)`` between two positions of a map."""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -10,22 +11,31 @@ from torch import Tensor, nn
 _logger = logging.getLogger(__name__)
 
 
-def offset_index(side: int, device: torch.device | None = None) -> Tensor:
-    """Entry of the bias table for each pair of positions on a ``side`` x ``side`` map, ``[N, N]`` int64."""
-    rows, columns = torch.meshgrid(torch.arange(side, device=device), torch.arange(side, device=device), indexing="ij")
-    rows, columns = rows.flatten(), columns.flatten()
-    return (rows[:, None] - rows).abs() * side + (columns[:, None] - columns).abs()
+def offset_index(height: int, width: int, stride: int = 1, device: torch.device | None = None) -> Tensor:
+    """Entry of the bias table for each pair of a query's position and a key's on a ``height`` x ``width`` map.
+
+    Keys are at every position, queries at every ``stride``-th row and column: ``[Nq, N]`` int64. The query at the
+    origin has the offsets in the table's own order: row 0 is 0, 1, 2, ...
+    """
+    keys = torch.arange(height * width, device=device)
+    queries = keys.view(height, width)[::stride, ::stride].reshape(-1, 1)
+    rows = (queries // width - keys // width).abs()
+    columns = (queries % width - keys % width).abs()
+    return rows * width + columns
 
 
-def resize_bias_table(table: Tensor, side: int) -> Tensor:
-    """Resample a bias table ``[heads, n * n]`` to ``[heads, side * side]`` bicubically, as the authors' detectors do."""
-    heads, entries = table.shape
-    old = round(entries**0.5)
-    if old == side:
+def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resample a table ``[heads, H * W]`` to another (height, width), bicubically as the authors' detectors do.
+
+    Returns:
+        ``[heads, H' * W']`` in the table's dtype; computed in float32 at least.
+    """
+    if old == new:
         return table
-    image = table.float().reshape(1, heads, old, old)
-    image = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True)
-    return image.reshape(heads, side * side).to(table.dtype)
+    image = table if table.dtype == torch.float64 else table.float()
+    image = image.reshape(1, -1, old[0], old[1])
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True)
+    return image.reshape(-1, new[0] * new[1]).to(table.dtype)
 
 
 class AttentionBias(nn.Module):
@@ -39,54 +49,79 @@ class AttentionBias(nn.Module):
     attention_biases: Tensor
     attention_bias_idxs: Tensor
 
-    def init_attention_bias(self, num_heads: int, side: int) -> None:
-        """Create the table ``[num_heads, side * side]``, zero, and its index ``[N, N]`` (not saved)."""
-        self.bias_side = side
+    def init_attention_bias(self, num_heads: int, map_hw: tuple[int, int], *, stride: int = 1) -> None:
+        """Create the table ``[num_heads, H * W]``, zero, and its index ``[Nq, N]`` (not saved).
+
+        Args:
+            num_heads: Rows of the table.
+            map_hw: Height and width of the map that the keys are on.
+            stride: Queries are at every ``stride``-th row and column of that map.
+        """
+        self.bias_hw = map_hw
+        self.bias_stride = stride
         self.bias_frozen = False
-        self.attention_biases = nn.Parameter(torch.zeros(num_heads, side * side))
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, math.prod(map_hw)))
         # The index is real even when the module is built on the meta device: it is not in any checkpoint.
         device = torch.device("cpu") if self.attention_biases.is_meta else None
-        self.register_buffer("attention_bias_idxs", offset_index(side, device), persistent=False)
-        self.register_load_state_dict_pre_hook(_resample_table)
+        self.register_buffer("attention_bias_idxs", offset_index(*map_hw, stride, device), persistent=False)
+        self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
     def reset_attention_bias(self) -> None:
         """Set the table to zero and recompute the index in place."""
         nn.init.zeros_(self.attention_biases)
         with torch.no_grad():
-            self.attention_bias_idxs.copy_(offset_index(self.bias_side, self.attention_bias_idxs.device))
+            index = offset_index(*self.bias_hw, self.bias_stride, self.attention_bias_idxs.device)
+            self.attention_bias_idxs.copy_(index)
 
-    def resize_attention_bias(self, side: int) -> None:
-        """Change the map side; the table is resampled."""
-        if side == self.bias_side:
+    @torch.no_grad()
+    def resize_attention_bias(self, map_hw: tuple[int, int]) -> None:
+        """Change the map's height and width; the table is resampled."""
+        if map_hw == self.bias_hw:
             return
-        with torch.no_grad():
-            table = resize_bias_table(self.attention_biases, side)
-        self.attention_biases = nn.Parameter(table, requires_grad=self.attention_biases.requires_grad)
-        self.attention_bias_idxs = offset_index(side, self.attention_bias_idxs.device)
-        self.bias_side = side
+        table = resize_bias_table(self.bias_table(), self.bias_hw, map_hw)
+        self.attention_bias_idxs = offset_index(*map_hw, self.bias_stride, self.attention_bias_idxs.device)
+        self.bias_hw = map_hw
+        if self.bias_frozen:
+            self.attention_biases = table[:, self.attention_bias_idxs]
+        else:
+            self.attention_biases = nn.Parameter(table, requires_grad=self.attention_biases.requires_grad)
 
+    @torch.no_grad()
     def freeze_attention_bias(self) -> None:
-        """Replace the table by the gathered bias ``[heads, N, N]``, a buffer that is saved and moved like any other."""
-        with torch.no_grad():
-            gathered = self.attention_biases[:, self.attention_bias_idxs]
+        """Put the gathered bias ``[heads, Nq, N]`` in the table's place, a buffer saved and moved like any other."""
+        if self.bias_frozen:
+            return
+        gathered = self.attention_bias()
         del self.attention_biases
         self.register_buffer("attention_biases", gathered)
         self.bias_frozen = True
 
+    def bias_table(self) -> Tensor:
+        """The table, ``[heads, H * W]``; a frozen one is found again in the biases of the query at the origin."""
+        return self.attention_biases[:, 0] if self.bias_frozen else self.attention_biases
+
     def attention_bias(self) -> Tensor:
-        """The bias of every pair of positions, ``[heads, N, N]``."""
+        """The bias of every pair of positions, ``[heads, Nq, N]``."""
         if self.bias_frozen:
             return self.attention_biases
         return self.attention_biases[:, self.attention_bias_idxs]
 
+    def attention_bias_at(self, height: int, width: int) -> Tensor:
+        """The same on a map of any size: the table is resampled when it is not the map's."""
+        if height == self.bias_hw[0] and width == self.bias_hw[1]:
+            return self.attention_bias()
+        table = resize_bias_table(self.bias_table(), self.bias_hw, (height, width))
+        return table[:, offset_index(height, width, self.bias_stride, table.device)]
 
-def _resample_table(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+
+def _adapt_state_dict(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Resample a table that belongs to a square map of another size; drop an index, which some files hold."""
+    state_dict.pop(prefix + "attention_bias_idxs", None)
     key = prefix + "attention_biases"
     table = state_dict.get(key)
     if table is None or module.bias_frozen or table.ndim != 2:
         return
-    entries = module.bias_side**2
-    is_square = round(table.shape[1] ** 0.5) ** 2 == table.shape[1]
-    if table.shape[1] != entries and is_square and table.shape[0] == module.attention_biases.shape[0]:
-        _logger.info("%s resampled from %d to %d entries", key, table.shape[1], entries)
-        state_dict[key] = resize_bias_table(table, module.bias_side)
+    side, own = math.isqrt(table.shape[1]), module.attention_biases
+    if table.shape[1] != own.shape[1] and side**2 == table.shape[1] and table.shape[0] == own.shape[0]:
+        _logger.info("%s resampled from %d to %d entries", key, table.shape[1], own.shape[1])
+        state_dict[key] = resize_bias_table(table, (side, side), module.bias_hw)

@@ -4,6 +4,8 @@ A module that has a plain equivalent in eval mode offers ``fuse() -> nn.Module``
 equivalents in place throughout a network.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +23,44 @@ def scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tens
     return scale, shift
 
 
+@torch.no_grad()
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """The convolution that does both in eval mode. The product is formed in float64, then rounded once."""
+    scale, shift = scale_and_shift(norm)
+    fused = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        groups=conv.groups,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    fused.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    assert fused.bias is not None
+    fused.bias.copy_(shift if conv.bias is None else shift + scale * conv.bias.double())
+    return fused.train(conv.training)
+
+
+def fuse_pairs(module: nn.Module, **pairs: str) -> None:
+    """Fold, in place, the batch norms of a module that keeps them beside its convolutions, as timm's names often ask.
+
+    Each pair is ``convolution="norm"``, by attribute; an identity takes the norm's place.
+    """
+    for conv, norm in pairs.items():
+        if isinstance(getattr(module, norm), nn.BatchNorm2d):  # not pruned, nor fused before
+            setattr(module, conv, fold_norm(getattr(module, conv), getattr(module, norm)))
+            setattr(module, norm, nn.Identity())
+
+
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, then batch norm: ``[B, Cin, H, W] -> [B, Cout, H', W']``.
+    """Convolution, then batch norm: ``[B, Cin, H, W] -> [B, Cout, H', W']``.
 
     Args:
         in_channels, out_channels: Channel counts.
         kernel_size, stride, groups: As in ``nn.Conv2d``; padding is ``kernel_size // 2``.
+        bias: Whether the convolution has one of its own, which the batch norm makes redundant.
         norm_weight: What the batch norm's weight starts at; 0 makes a residual branch start as nothing.
         eps: The batch norm's epsilon.
     """
@@ -39,12 +73,13 @@ class ConvNorm(nn.Sequential):
         *,
         stride: int = 1,
         groups: int = 1,
+        bias: bool = False,
         norm_weight: float = 1.0,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias
         )
         self.bn = nn.BatchNorm2d(out_channels, eps=eps)
         self.norm_weight = norm_weight
@@ -54,25 +89,9 @@ class ConvNorm(nn.Sequential):
         """Set the batch norm's weight to its starting value; the convolution initialises itself."""
         nn.init.constant_(self.bn.weight, self.norm_weight)
 
-    @torch.no_grad()
     def fuse(self) -> nn.Conv2d:
-        """The convolution that does both in eval mode. The product is formed in float64, then rounded once."""
-        scale, shift = scale_and_shift(self.bn)
-        conv = self.conv
-        fused = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            groups=conv.groups,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
-        fused.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-        assert fused.bias is not None
-        fused.bias.copy_(shift)
-        return fused.train(self.training)
+        """The convolution that does both in eval mode."""
+        return fold_norm(self.conv, self.bn)
 
 
 class NormLinear(nn.Sequential):
@@ -106,6 +125,7 @@ class NormLinear(nn.Sequential):
 
 def fuse_batch_norm(model: nn.Module) -> nn.Module:
     """Replace, in place and children first, every submodule that offers ``fuse()`` by what it returns."""
+    child: Any
     for name, child in list(model.named_children()):
         fuse_batch_norm(child)
         if hasattr(child, "fuse"):

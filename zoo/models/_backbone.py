@@ -49,6 +49,7 @@ class Backbone(nn.Module):
         reductions: tuple[int, ...],
         taps: tuple[int, ...] | None = None,
         num_features: int | None = None,
+        head_hidden_size: int | None = None,
     ) -> None:
         """Set the attributes above and build the pooling and the head. Call last in ``__init__``.
 
@@ -57,6 +58,7 @@ class Backbone(nn.Module):
             widths, reductions: Channels and stride of each feature level.
             taps: The stage that each level is the output of; None when every stage is a level.
             num_features: Channels of ``forward_features`` where they are not the last level's.
+            head_hidden_size: Channels that the classifier sees where they are not those.
         """
         self.config = config
         self.in_chans = config.in_chans
@@ -64,11 +66,12 @@ class Backbone(nn.Module):
         self.drop_rate = config.drop_rate
         self.grad_checkpointing = False
         self.taps = tuple(range(len(widths))) if taps is None else taps
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": reduction, "module": f"{self.stages_name}.{stage}"}
             for stage, width, reduction in zip(self.taps, widths, reductions, strict=True)
         ]
-        self.num_features = self.head_hidden_size = widths[-1] if num_features is None else num_features
+        self.num_features = widths[-1] if num_features is None else num_features
+        self.head_hidden_size = self.num_features if head_hidden_size is None else head_hidden_size
         self.global_pool = GlobalPool(config.global_pool)
         setattr(self, self.head_name, self.make_head(config.num_classes))
         self.pretrained_cfg: dict[str, Any] = {}
@@ -147,7 +150,7 @@ class Backbone(nn.Module):
         chosen = [self.taps[level] for level in take_indices(len(self.feature_info), indices)]
         stages = getattr(self, self.stages_name)
         last = len(stages) - 1
-        intermediates = []
+        intermediates: list[Tensor] = []
         x = self.forward_stem(x)
         for i, stage in enumerate(stages):
             if stop_early and i > max(chosen):
@@ -174,11 +177,15 @@ class Backbone(nn.Module):
             self.prune_norm()
             self.num_features = self.head_hidden_size = self.feature_info[max(chosen)]["num_chs"]
         if prune_head or shortened:
-            self.reset_classifier(0, "")
+            self.prune_head()
         return chosen
 
     def prune_norm(self) -> None:
         """Remove what :meth:`forward_final` applies; nothing by default."""
+
+    def prune_head(self) -> None:
+        """Remove everything after the last feature map: the pooling and the classifier by default."""
+        self.reset_classifier(0, "")
 
     def get_classifier(self) -> nn.Module:
         """The linear layer that makes the logits (the identity when there is none)."""

@@ -92,7 +92,7 @@ class CascadedGroupAttention(AttentionBias):
         self.qkvs = nn.ModuleList(ConvNorm(dim // num_heads, 2 * key_dim + self.value_dim) for _ in range(num_heads))
         self.dws = nn.ModuleList(ConvNorm(key_dim, key_dim, kernel_sizes[i], groups=key_dim) for i in range(num_heads))
         self.proj = nn.Sequential(nn.ReLU(), ConvNorm(dim, dim, norm_weight=0.0))
-        self.init_attention_bias(num_heads, window)
+        self.init_attention_bias(num_heads, (window, window))
 
     def reset_parameters(self) -> None:
         """Set the attention biases to zero and rebuild their index."""
@@ -138,7 +138,7 @@ class LocalWindowAttention(nn.Module):
     def set_window(self, window: int) -> None:
         """Change the window's side."""
         self.window = window
-        self.attn.resize_attention_bias(window)
+        self.attn.resize_attention_bias((window, window))
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -293,6 +293,8 @@ class EfficientViT(Backbone):
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         super().set_input_size(img_size)
+        assert isinstance(self.config, EfficientViTConfig)
+        stage: Any
         for stage, window in zip(self.stages, self._windows(self.config), strict=False):  # stages may be pruned
             for block in stage.blocks:
                 block.mixer.m.set_window(window)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import zoo
 from zoo.atomic import save_safetensors
+from zoo.config import ModelConfig
 from zoo.errors import WeightsError
 from zoo.pretrained.load import is_pickle, listed, load_state_dict
 from zoo.registry import Family, family_name, get_config, get_family, split_name
@@ -28,14 +29,15 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 _RULES = Path(__file__).with_name("converters")
 _INDEX = re.compile(r"\{(\w+)(?:\+(\d+))?\}")
+_CONFIG_NUMBER = re.compile(r"\{(\w+)\.(\d+)(?:\+(\d+))?\}")
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """A state dict under zoo's parameter names, whichever known layout it comes in.
 
-    A state dict of zoo or timm is returned as it is. One of the authors' code is renamed; 1x1 convolutions that it
-    stores as matrices get their two missing dimensions. A training checkpoint is unwrapped first (averaged weights
-    where it has both), and the prefix of ``DataParallel`` removed.
+    A state dict of zoo or timm is returned as it is, but for what zoo's modules compute. One of the authors' code is
+    renamed; trailing dimensions of size 1 are added or removed, as in 1x1 convolutions stored as matrices. A training
+    checkpoint is unwrapped first (averaged weights where it has both), and the prefix of ``DataParallel`` removed.
 
     Args:
         state_dict: Tensors by name, or a checkpoint that holds them under ``"model"``, ``"state_dict"``, ...
@@ -48,11 +50,12 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str) -> dict[str, Te
     state = unwrap(state_dict)
     family, model = _blueprint(name)
     own = model.state_dict()
-    if is_zoo_layout(state, family):
+    converter = _converter(family, model.config)
+    if converter is None or is_zoo_layout(state, family):
+        if converter is not None:
+            state = {key: tensor for key, tensor in state.items() if not converter.is_computed(key)}
         _check_complete(state, own, name)
         return state
-    converter = _converter(family.name)
-    assert converter is not None  # or it would be zoo's layout
     renamed = {key: converter.to_zoo(key) for key in state if not converter.is_computed(key)}
     unknown = [key for key, new in renamed.items() if new not in own]
     missing = own.keys() - renamed.values()
@@ -61,7 +64,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str) -> dict[str, Te
             f"Not a state dict of the authors' {name}: {listed(unknown)} unknown, "
             f"{listed(key for key in own if key in missing)} missing."
         )
-    return {new: _as_convolution(state[key], own[new]) for key, new in renamed.items() if new is not None}
+    return {new: _fit_trailing_ones(state[key], own[new]) for key, new in renamed.items() if new is not None}
 
 
 def to_authors(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -73,7 +76,7 @@ def to_authors(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
             layout.
     """
     family, model = _blueprint(name)
-    converter = _converter(family.name)
+    converter = _converter(family, model.config)
     if converter is None:
         raise WeightsError(f"{name}: the {family.name} family has no other layout than zoo's.")
     own = model.state_dict()
@@ -84,7 +87,7 @@ def to_authors(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
     if unknown:
         raise WeightsError(f"The authors' layout of {name} has no place for {listed(unknown)}.")
     return {
-        new: state_dict[key] if key in state_dict else computed[key]
+        new: converter.with_trailing_ones(new, state_dict[key] if key in state_dict else computed[key])
         for key, new in renamed.items()
         if new is not None and (key in state_dict or converter.is_computed(new))
     }
@@ -92,7 +95,7 @@ def to_authors(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
 
 def is_zoo_layout(state: Iterable[str], family: Family) -> bool:
     """Whether these are zoo's parameter names; the first that only one of the two layouts has decides."""
-    converter = _converter(family.name)
+    converter = _converter(family)
     if converter is None:
         return True
     for key in state:
@@ -115,8 +118,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             break
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"No state dict: expected tensors by name, perhaps under {', '.join(WRAPPERS)}.")
-    if all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    while all(key.startswith("module.") for key in state):  # one for each wrapper
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return dict(state)
 
 
@@ -162,7 +165,10 @@ def _load_pickle(path: Path) -> Mapping[str, Any]:
 class _Renamer:
     """One direction of a family's rules: a name of one layout to the same entry's name in the other."""
 
-    def __init__(self, names: Iterable[tuple[str, str]], segments: Mapping[str, str]) -> None:
+    def __init__(
+        self, names: Iterable[tuple[str, str]], inner: Iterable[tuple[str, str]], segments: Mapping[str, str]
+    ) -> None:
+        self.inner = _Renamer(inner, (), {}) if inner else None
         self.rules = [(_pattern(source), _INDEX.findall(source), target) for source, target in names]
         self.segments = segments
         self.foreign = set(segments.values()) - set(segments)  # parts that only the other layout has
@@ -182,6 +188,9 @@ class _Renamer:
             renamed = _INDEX.sub(lambda index: str(numbers[index[1]] + int(index[2] or 0)), target)  # noqa: B023
             if not target.endswith("*"):
                 return renamed
+            inside = self.inner(match.groups()[-1]) if self.inner else None
+            if inside is not None:
+                return renamed[:-1] + inside
             rest = match.groups()[-1].split(".")
             if self.foreign.isdisjoint(rest):
                 return renamed[:-1] + ".".join(self.segments.get(part, part) for part in rest)
@@ -201,6 +210,14 @@ class _Converter:
     to_zoo: _Renamer
     to_authors: _Renamer
     computed: tuple[str, ...]  # patterns
+    trailing_ones: Mapping[str, int]  # by pattern
+
+    def with_trailing_ones(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor under the authors' name for it, with the dimensions of size 1 that theirs ends with."""
+        for pattern, count in self.trailing_ones.items():
+            if fnmatchcase(key, pattern):
+                return tensor.reshape(*tensor.shape, *(1,) * count)
+        return tensor
 
     def is_computed(self, key: str) -> bool:
         """Whether zoo computes this entry of the authors' files."""
@@ -208,21 +225,31 @@ class _Converter:
 
 
 @cache
-def _converter(family: str) -> _Converter | None:
-    """The rules of a family, None when it has no other layout."""
-    path = _RULES / f"{family}.toml"
+def _converter(family: Family, config: ModelConfig | None = None) -> _Converter | None:
+    """The rules of a family for one of its models (the first variant by default), None when it has no other layout."""
+    path = _RULES / f"{family.name}.toml"
     if not path.is_file():
         return None
-    document = tomllib.loads(path.read_text(encoding="utf-8"))
-    names, segments = document["names"], document.get("segments", {})
+    if config is None:
+        config = next(iter(family.variants.values()))()
+    text = path.read_text(encoding="utf-8")
+    document = tomllib.loads(
+        _CONFIG_NUMBER.sub(lambda number: str(getattr(config, number[1])[int(number[2])] + int(number[3] or 0)), text)
+    )
+    names, inner, segments = document["names"], document.get("inner", []), document.get("segments", {})
     return _Converter(
-        _Renamer(names, segments),
-        _Renamer([(ours, theirs) for theirs, ours in names], {ours: theirs for theirs, ours in segments.items()}),
+        _Renamer(names, inner, segments),
+        _Renamer(
+            [(ours, theirs) for theirs, ours in names],
+            [(ours, theirs) for theirs, ours in inner],
+            {ours: theirs for theirs, ours in segments.items()},
+        ),
         tuple(document.get("computed", ())),
+        document.get("trailing_ones", {}),
     )
 
 
-def _blueprint(name: str) -> tuple[Family, nn.Module]:
+def _blueprint(name: str) -> tuple[Family, Any]:
     """A model's family, and the model on the meta device."""
     variant, _ = split_name(name)
     config = get_config(variant)
@@ -231,11 +258,11 @@ def _blueprint(name: str) -> tuple[Family, nn.Module]:
         return family, family.model(config)
 
 
-def _as_convolution(tensor: Tensor, own: Tensor) -> Tensor:
-    """A matrix with the two trailing dimensions of the 1x1 convolution that it stands for."""
-    if tensor.ndim == 2 and own.ndim == 4 and own.shape == (*tensor.shape, 1, 1):
-        return tensor[:, :, None, None]
-    return tensor
+def _fit_trailing_ones(tensor: Tensor, own: Tensor) -> Tensor:
+    """The tensor with as many trailing dimensions of size 1 as its counterpart in the model, if only that differs."""
+    shorter, longer = sorted((tuple(tensor.shape), tuple(own.shape)), key=len)
+    ones = (1,) * (len(longer) - len(shorter))
+    return tensor.reshape(own.shape) if longer == shorter + ones else tensor
 
 
 def _check_complete(state: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:

@@ -18,7 +18,8 @@ from zoo.preprocessing import Preprocessing
 from zoo.registry import families, get_config, is_model, split_name
 from zoo.resources import folder
 
-IMAGENET_LABELS = "imagenet-1k"  # stands for the 1000 standard class names in their standard order
+IMAGENET_LABELS = "imagenet-1k"
+LABEL_SETS = (IMAGENET_LABELS, "imagenet-12k")  # each stands for its standard class names in their standard order
 LAYOUTS = ("timm", "zoo", "authors")
 
 _TAG = re.compile(r"[a-z0-9_]+")
@@ -75,7 +76,7 @@ class Weights:
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        """Names of the classes in order; None for ImageNet's."""
+        """Names of the classes in order; None for those of a standard set."""
         return None if isinstance(self.labels, str) else self.labels
 
 
@@ -161,7 +162,9 @@ def _check_values(weights: Weights) -> None:
     expect("layout", weights.layout in LAYOUTS, " or ".join(map(repr, LAYOUTS)))
     expect("config", isinstance(weights.config, dict), "a table")
     if isinstance(weights.labels, str):
-        expect("labels", weights.labels == IMAGENET_LABELS, f"a list of class names, or {IMAGENET_LABELS!r}")
+        expect(
+            "labels", weights.labels in LABEL_SETS, f"a list of class names, or {' or '.join(map(repr, LABEL_SETS))}"
+        )
     else:
         expect("labels", all(isinstance(label, str) for label in weights.labels), "names")
         classes = weights.config.get("num_classes", len(weights.labels))

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with everything that resuming needs, so that one rename makes it current.
 
-Tensors are ``model.*``, ``ema.*`` and ``optimizer.<parameter index>.<name>``; the header's metadata holds the progress as
-JSON. No pickle is written or read.
+Tensors are ``model.*``, ``ema.*`` and ``optimizer.<parameter index>.<name>``; the header's metadata holds the progress
+and the numbers of the optimiser's parameter groups as JSON. No pickle is written or read.
 """
 
 import json
@@ -29,7 +29,12 @@ def save_checkpoint(
         tensors.update((f"ema.{name}", tensor) for name, tensor in ema.state_dict().items())
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update((f"optimizer.{index}.{name}", torch.as_tensor(value)) for name, value in state.items())
-    write(path, tensors, {"zoo_progress": json.dumps(progress)})
+    # Some optimisers count in their groups.
+    groups = [
+        {name: value for name, value in group.items() if isinstance(value, int | float)}
+        for group in optimizer.state_dict()["param_groups"]
+    ]
+    write(path, tensors, {"zoo_progress": json.dumps(progress), "zoo_groups": json.dumps(groups)})
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -55,7 +60,8 @@ def load_checkpoint(
     """
     try:
         with safe_open(path, framework="pt") as file:
-            progress = json.loads((file.metadata() or {})["zoo_progress"])
+            metadata = file.metadata() or {}
+            progress, saved_groups = json.loads(metadata["zoo_progress"]), json.loads(metadata["zoo_groups"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is not a training checkpoint of zoo, or is damaged: {error}.") from error
@@ -74,7 +80,9 @@ def load_checkpoint(
         if tensor.shape == parameter.shape:
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    groups = [{**group, **saved} for group, saved in zip(groups, saved_groups, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return progress
 
 

@@ -1,12 +1,15 @@
 """The training loop: one for every task, on accelerate.
 
-A run is a pure function of its recipe, its data and its number of processes: all randomness is drawn from (seed, step), so
-a run that was killed and resumed ends with the same weights and the same metrics as one that was not.
+A run is a pure function of its recipe, its data and its number of processes: all randomness is drawn from (seed, step),
+so a run that was killed and resumed ends with the same weights and the same metrics as one that was not.
 """
 
 import logging
+import math
 import platform
 import time
+import tomllib
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +20,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import zoo
+from zoo.config import ModelConfig
 from zoo.data.image import decode_image
 from zoo.data.loader import Batch, derive_seed
-from zoo.errors import RecipeError, TrainingError
+from zoo.errors import RecipeError, TrainingError, nearest, reason, require
 from zoo.train import report
 from zoo.train.checkpoint import load_checkpoint, save_checkpoint, write
+from zoo.train.device import make_accelerator
 from zoo.train.progress import Progress
-from zoo.train.recipe import Recipe, load_recipe
-from zoo.train.run_folder import ModelRecord, RunFolder, read_json, write_json, write_metrics, write_text
+from zoo.train.recipe import Optim, Recipe, load_recipe
+from zoo.train.run_folder import ModelRecord, RunFolder, read_json, write_file, write_json, write_metrics, write_text
 from zoo.train.tasks import TASKS, evaluate
 
 _logger = logging.getLogger(__name__)
 
-_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _FUSED = ("adam", "adamw", "sgd")  # torch has one kernel for a whole step of these
 _CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where each look waits for the device
 
@@ -61,33 +65,38 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool 
         quiet: Show no progress.
 
     Raises:
-        RecipeError: If the folder is in use and ``resume`` is not given, or holds a run of another recipe.
+        RecipeError: If the folder is in use and ``resume`` is not given, holds a run of another recipe or something
+            else; if the recipe does not fit its model, its data or this machine.
+        DataError: If the data cannot be read.
         TrainingError: If the loss is not finite or a checkpoint cannot be written; the last good one is kept.
     """
     folder = RunFolder(Path(out))
-    if resume and folder.result.is_file():
-        _check_same_recipe(folder, recipe)
-        return _read_result(folder)
-    if folder.recipe.exists():
+    if folder.recipe.is_file():
         if not resume:
             raise RecipeError(f"{folder.path} holds a run already; pass --resume to continue it, or another --out.")
         _check_same_recipe(folder, recipe)
+        if folder.result.is_file():
+            return _read_result(folder)
+    elif foreign := folder.foreign():
+        raise RecipeError(f"{folder.path} holds no run, but is not empty ({foreign[0]}); choose another --out.")
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"Cannot make the run folder {folder.path}: {error.strerror}.") from error
+        raise RecipeError(f"Cannot make the run folder {folder.path}: {error.strerror}.") from error
     return _Run(recipe, folder, quiet=quiet).run()
 
 
 class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool) -> None:
-        from timm.optim import create_optimizer_v2
         from timm.scheduler.cosine_lr import CosineLRScheduler
         from timm.utils.model_ema import ModelEmaV3
 
+        report.require_plotting()
+        if recipe.train.tensorboard:
+            require("tensorboard", extra="train", why="train.tensorboard")
         self.recipe, self.folder = recipe, folder
-        self.accelerator = Accelerator(
-            mixed_precision=_PRECISION[recipe.train.precision],
+        self.accelerator = make_accelerator(
+            recipe.train.precision,
             gradient_accumulation_steps=recipe.train.accumulate,
             log_with="tensorboard" if recipe.train.tensorboard else None,
             project_dir=folder.path,
@@ -105,16 +114,7 @@ class _Run:
         if recipe.train.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = model.to(self.accelerator.device)
-        optim = recipe.optim
-        optimizer = create_optimizer_v2(
-            model,
-            opt=optim.name,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            layer_decay=optim.layer_decay if optim.layer_decay != 1.0 else None,
-            **({"fused": True} if optim.name in _FUSED else {}),
-        )
+        optimizer = _make_optimizer(model, recipe.optim)
         self.ema = ModelEmaV3(model, decay=recipe.train.ema, use_warmup=True) if recipe.train.ema else None
         schedule = recipe.schedule
         self.scheduler = CosineLRScheduler(
@@ -139,9 +139,15 @@ class _Run:
     def plain_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
+    @property
+    def config(self) -> ModelConfig:
+        return typing.cast(ModelConfig, self.plain_model.config)
+
     def run(self) -> Result:
         """Train from where the folder's checkpoint is, or from the start."""
         recipe, folder = self.recipe, self.folder
+        if self.accelerator.is_main_process:
+            folder.sweep()
         if folder.checkpoint.is_file():
             self._restore()
         elif self.accelerator.is_main_process:
@@ -155,8 +161,10 @@ class _Run:
                     self._train_epoch(epoch)
                     self._finish_epoch(epoch)
         finally:
-            if recipe.train.tensorboard:
-                self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.train_loader.close()
+            self.val_loader.close()
         result = Result(folder.path, _figures(self.best), int(self.best["epoch"]), self.seconds)
         if self.accelerator.is_main_process:
             report.plot_curves(self.history, folder.curves)
@@ -168,7 +176,7 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         first = self.step - epoch * self.steps_per_epoch
         self.train_loader.set_epoch(epoch, first * recipe.train.accumulate)
-        self.progress.start_epoch(epoch, first)
+        self.progress.start_epoch(epoch)
         self.model.train()
         batches = iter(self.train_loader)
         for _ in range(first, self.steps_per_epoch):
@@ -182,15 +190,20 @@ class _Run:
                 self.ema.update(self.plain_model, step=self.step)
             if accelerator.device.type == "cpu" or len(self._unchecked) >= _CHECK_EVERY:
                 self._check_losses()
-            self.progress.advance(self.loss_sum, learning_rate)
+            looked_at = self.step - epoch * self.steps_per_epoch - len(self._unchecked)
+            self.progress.advance(self.loss_sum / max(looked_at, 1))
             done = self.step % self.steps_per_epoch
             if recipe.train.save_steps and done and self.step % recipe.train.save_steps == 0:
                 self._save()
-        self._check_losses()
+        self._check()
         self.progress.end_epoch()
 
     def _set_learning_rate(self) -> float:
         self.scheduler.step_update(self.step)
+        return self._learning_rate
+
+    @property
+    def _learning_rate(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _optimiser_step(self, batches: Iterator[Batch]) -> Tensor:
@@ -224,23 +237,37 @@ class _Run:
         """Add up the losses since the last look, and stop at one that is not finite."""
         for step, learning_rate, loss in self._unchecked:
             value = loss.item()
-            if value != value or value in (float("inf"), float("-inf")):
-                kept = f"the last good checkpoint is {self.folder.checkpoint}"
-                if not self.folder.checkpoint.is_file():
-                    kept = "no checkpoint had been written yet"
-                raise TrainingError(
-                    f"The loss is {value} at step {step} (epoch {step // self.steps_per_epoch + 1}), learning rate "
-                    f"{learning_rate:.3g}; {kept}. Lower optim.lr, set optim.clip, or use train.precision='bf16'."
-                )
+            if not math.isfinite(value):
+                raise self._diverged(f"The loss is {value}", step, learning_rate)
             self.loss_sum += value
         self._unchecked.clear()
+
+    def _check(self) -> None:
+        """Stop before a checkpoint is written from a loss, or from weights, that are not finite."""
+        self._check_losses()
+        # A step can spoil the weights while its own loss, taken before it, is still finite.
+        tensors = [tensor for tensor in self.plain_model.state_dict().values() if tensor.is_floating_point()]
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+            raise self._diverged("The weights are no longer finite", self.step - 1, self._learning_rate)
+
+    def _diverged(self, what: str, step: int, learning_rate: float) -> TrainingError:
+        kept = f"the last good checkpoint is {self.folder.checkpoint}"
+        if not self.folder.checkpoint.is_file():
+            kept = "no checkpoint had been written yet"
+        advice = "lower optim.lr or set optim.clip"
+        if self.recipe.train.precision == "fp16":
+            advice += ", or use train.precision='bf16'"
+        return TrainingError(
+            f"{what} at step {step} (epoch {step // self.steps_per_epoch + 1}), learning rate {learning_rate:.3g}; "
+            f"{kept}. To go on, {advice}."
+        )
 
     def _finish_epoch(self, epoch: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         row: dict[str, float] = {
             "epoch": epoch + 1,
             "step": self.step,
-            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),
+            "learning_rate": self._learning_rate,
             "train_loss": self.loss_sum / self.steps_per_epoch,
         }
         candidates = {"val": self.plain_model}
@@ -265,10 +292,10 @@ class _Run:
         self.progress.finish_epoch(row)
 
     def _weights_metadata(self) -> dict[str, str]:
-        return {"format": "pt", "zoo_version": zoo.__version__, "config": self.plain_model.config.to_json()}
+        return {"format": "pt", "zoo_version": zoo.__version__, "config": self.config.to_json()}
 
     def _save(self) -> None:
-        self._check_losses()
+        self._check()
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         if self.accelerator.is_main_process:
@@ -299,17 +326,42 @@ class _Run:
         self.seconds = progress["seconds"]
         if progress["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
+        if self.history and self.accelerator.is_main_process:  # a kill may have come between the two files
+            write_metrics(self.folder.metrics, self.history)
         _logger.info("resumed %s at step %d", self.folder.path, self.step)
 
     def _open_folder(self) -> None:
         """Write what describes the run; the recipe comes last, as it marks the folder as taken."""
         task, folder = self.task, self.folder
-        record = ModelRecord(self.recipe.model.name, self.plain_model.config, task.preprocessing, task.classes)
+        record = ModelRecord(self.recipe.model.name, self.config, task.preprocessing, task.classes)
         record.write(folder)
         write_json(folder.environment, _environment(self.accelerator))
         index = int(task.val_indices[0])
-        decode_image(task.source.encoded(index), task.source.describe(index)).save(folder.sample)
+        sample = decode_image(task.source.encoded(index), task.source.describe(index))
+        with write_file(folder.sample) as file:
+            sample.save(file, "PNG")
         write_text(folder.recipe, self.recipe.to_toml())
+
+
+def _make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    names = [str(name) for name in list_optimizers()]
+    if optim.name not in names:
+        raise RecipeError(f"optim.name is {optim.name!r}, which timm does not know.{nearest(optim.name, names)}")
+    options: dict[str, Any] = {"fused": True} if optim.name in _FUSED else {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay if optim.layer_decay != 1.0 else None,
+            **options,
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise RecipeError(f"optim.name is {optim.name!r}, which does not work here: {reason(error)}.") from error
 
 
 def _figures(row: dict[str, float]) -> dict[str, float]:
@@ -324,14 +376,19 @@ def _read_result(folder: RunFolder) -> Result:
 
 
 def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
-    held = load_recipe(folder.recipe)
-    if held == recipe:
-        return
-    old, new = _flat(held.to_dict()), _flat(recipe.to_dict())
+    # Both by way of TOML, which knows no tuples.
+    old, new = (_flat(tomllib.loads(each.to_toml())) for each in (load_recipe(folder.recipe), recipe))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    raise RecipeError(
-        f"{folder.path} holds a run of another recipe (differs in {', '.join(changed[:5])}); choose another --out."
-    )
+    if changed:
+        raise RecipeError(
+            f"{folder.path} holds a run of another recipe: {_listed(changed, old, new)}. Choose another --out."
+        )
+
+
+def _listed(changed: list[str], old: dict[str, Any], new: dict[str, Any]) -> str:
+    """``"optim.lr was 0.001, is 0.01"`` for the first few that differ."""
+    shown = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:5]]
+    return "; ".join(shown) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

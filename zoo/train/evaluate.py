@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from zoo.data.sources import open_source, stratified_holdout
-from zoo.errors import DataError
+from zoo.errors import DataError, RecipeError
 from zoo.inference import load_run
+from zoo.train.device import make_accelerator
 from zoo.train.recipe import load_recipe
 from zoo.train.run_folder import RunFolder
 from zoo.train.tasks import eval_loader, evaluate
@@ -41,13 +41,15 @@ def evaluate_run(
     name = data.train_split if split == "heldout" else split
     source = open_source(data.name, split=name, root=root or data.root)
     if source.classes != classifier.labels:
-        raise DataError(
-            f"{data.name}, split {name!r}, has other classes than the run: {_differences(source.classes, classifier.labels)}."
-        )
+        difference = _differences(source.classes, classifier.labels)
+        raise DataError(f"{data.name}, split {name!r}, has other classes than the run: {difference}.")
     indices = np.arange(len(source))
     if split == "heldout":
         indices = stratified_holdout(source.labels, data.holdout, recipe.seed)[1]
-    accelerator = Accelerator()
+    try:
+        accelerator = make_accelerator(recipe.train.precision)  # so that the figures are those seen in training
+    except RecipeError:  # trained on another machine
+        accelerator = make_accelerator("fp32")
     model = classifier.model.to(accelerator.device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -31,7 +31,6 @@ class Progress:
             transient=True,
         )
         self.task: TaskID | None = None
-        self.first = 0  # step at which the current epoch began
         self.resumed_at = 0  # step at which this sitting's part of the epoch began
         self.started = 0.0
         self.last_rate = 0.0
@@ -48,21 +47,19 @@ class Progress:
         train = self.run.recipe.train
         return train.batch_size * train.accumulate * self.run.accelerator.num_processes
 
-    def start_epoch(self, epoch: int, first: int) -> None:
-        """Called before the first step of an epoch; ``first`` of its steps are done already."""
+    def start_epoch(self, epoch: int) -> None:
+        """Called before the first step of an epoch, or before the next one after resuming."""
         epochs = self.run.recipe.schedule.epochs
         if self.task is None:
             total = epochs * self.run.steps_per_epoch
             self.task = self.bar.add_task("", total=total, completed=self.run.step, epoch="", loss="-", rate="-")
         self.bar.update(self.task, epoch=f"{epoch + 1}/{epochs}")
-        self.first, self.started = self.run.step - first, time.perf_counter()
-        self.resumed_at = self.run.step
+        self.resumed_at, self.started = self.run.step, time.perf_counter()
 
-    def advance(self, loss_sum: float, learning_rate: float) -> None:
-        """Called after every step."""
+    def advance(self, loss: float) -> None:
+        """Called after every step with the epoch's mean loss so far."""
         assert self.task is not None
-        done = self.run.step - self.first
-        self.bar.update(self.task, completed=self.run.step, loss=f"{loss_sum / done:.4f}", rate=f"{self._rate():.0f}")
+        self.bar.update(self.task, completed=self.run.step, loss=f"{loss:.4f}", rate=f"{self._rate():.0f}")
 
     def end_epoch(self) -> None:
         """Called after the last step of an epoch, before its evaluation."""

@@ -1,15 +1,15 @@
 """Recipes: TOML files that say what is trained on what, and how. Imports no torch.
 
-A recipe is resolved into a checked :class:`Recipe`; every unknown key and every wrong type is reported at once, with the
-nearest valid key. A recipe may name one other as its ``base``, whose values it overrides.
+A recipe is resolved into a checked :class:`Recipe`; every unknown key and every wrong type is reported at once, with
+the nearest valid key. A recipe may name one other as its ``base``, whose values it overrides.
 """
 
 import dataclasses
 import difflib
+import math
 import tomllib
-import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -137,17 +137,15 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = find_recipe(recipe)
     values = _read(path)
     if "base" in values:
-        base_name = values.pop("base")
-        sibling = path.parent / f"{str(base_name).removesuffix('.toml')}.toml"
-        base_path = sibling if sibling.is_file() else find_recipe(base_name)
+        base_path = _find_base(path, values.pop("base"))
         base = _read(base_path)
         if "base" in base:
             raise RecipeError(f"{path}: its base {base_path} has a base itself; one level is all there is.")
         values = _merge(base, values)
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator:
-            raise RecipeError(f"Override {override!r} has no '='; expected section.key=value, such as optim.lr=1e-3.")
+        if not separator or not key.strip():
+            raise RecipeError(f"Override {override!r}: expected section.key=value, such as optim.lr=1e-3.")
         _set(values, key.strip(), _parse_value(text.strip()))
     return resolve(values, str(path))
 
@@ -163,6 +161,17 @@ def find_recipe(recipe: str | Path) -> Path:
         return shipped
     matches = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.4) or list_recipes()
     raise RecipeError(f"No recipe {str(recipe)!r}: neither a file nor a name. Nearest: {', '.join(matches)}.")
+
+
+def _find_base(recipe: Path, name: Any) -> Path:
+    """A recipe's base: a file beside it, or else what :func:`find_recipe` finds."""
+    if not isinstance(name, str):
+        raise RecipeError(f"{recipe}: base is {name!r}, expected the name of a recipe.")
+    sibling = recipe.parent / f"{name.removesuffix('.toml')}.toml"
+    try:
+        return sibling if sibling.is_file() else find_recipe(name)
+    except RecipeError as error:
+        raise RecipeError(f"{recipe}: its base is missing. {error}") from error
 
 
 def list_recipes() -> list[str]:
@@ -193,7 +202,8 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
     for key, value in values.items():
         where = f"{prefix}{key}"
         if key not in known:
-            close = difflib.get_close_matches(where, _all_keys(), n=2, cutoff=0.5)
+            close = [full for full in _all_keys() if full.rpartition(".")[2] == key]  # right, but in another table
+            close = close or [f"{prefix}{name}" for name in difflib.get_close_matches(key, known, n=2)]
             problems.append(f"unknown key {where}" + (f" (did you mean {' or '.join(close)}?)" if close else ""))
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, Mapping):
@@ -228,51 +238,95 @@ def _coerce(value: Any, annotation: Any) -> Any:
 
 def _describe(annotation: Any) -> str:
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    return words.get(annotation, str(annotation) if isinstance(annotation, types.GenericAlias) else str(annotation))
+    if typing.get_origin(annotation) is dict:
+        return "a table"
+    if typing.get_origin(annotation) is tuple:
+        return f"a list of {len(typing.get_args(annotation))} numbers"
+    return words[annotation]
+
+
+# what is expected, whether a value is that, and the keys it holds for
+_RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "0 or more",
+        lambda value: 0 <= value < math.inf,
+        (
+            "seed",
+            "data.workers",
+            "augment.color_jitter",
+            "augment.mixup",
+            "augment.cutmix",
+            "optim.weight_decay",
+            "optim.clip",
+            "schedule.warmup_epochs",
+            "schedule.warmup_lr",
+            "schedule.min_lr",
+            "train.save_steps",
+        ),
+    ),
+    ("1 or more", lambda value: value >= 1, ("schedule.epochs", "train.batch_size", "train.accumulate")),
+    ("more than 0", lambda value: 0 < value < math.inf, ("optim.lr",)),
+    ("0 to 1", lambda value: 0 <= value <= 1, ("data.crop_pct", "augment.hflip", "augment.erasing")),
+    ("0 or more, less than 1", lambda value: 0 <= value < 1, ("augment.smoothing", "optim.momentum", "train.ema")),
+    ("more than 0, less than 1", lambda value: 0 < value < 1, ("data.holdout",)),
+    ("more than 0, at most 1", lambda value: 0 < value <= 1, ("optim.layer_decay",)),
+    ("two shares of 1, the smaller first", lambda value: 0 < value[0] <= value[1] <= 1, ("augment.scale",)),
+    ("two ratios, the smaller first", lambda value: 0 < value[0] <= value[1] < math.inf, ("augment.ratio",)),
+)
+_CHOICES = {
+    "task": ("image-classification",),
+    "data.interpolation": ("", "bicubic", "bilinear", "nearest"),
+    "optim.clip_mode": ("norm", "value", "agc"),
+    "train.keep": ("best", "last"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+}
 
 
 def _check(recipe: Recipe) -> list[str]:
     """What a type alone does not say."""
-    rules = [
-        (bool(recipe.model.name), "model.name is empty, expected a model (`zoo list` shows them)"),
-        (bool(recipe.data.name), "data.name is empty, expected a data set"),
-        (recipe.seed >= 0, f"seed is {recipe.seed}, expected 0 or more"),
-        (recipe.task == "image-classification", f"task is {recipe.task!r}, expected 'image-classification'"),
-        (not (recipe.model.pretrained and recipe.model.checkpoint), "model has both pretrained and checkpoint"),
-        (recipe.schedule.epochs >= 1, f"schedule.epochs is {recipe.schedule.epochs}, expected 1 or more"),
-        (
-            0 <= recipe.schedule.warmup_epochs < max(recipe.schedule.epochs, 1),
-            f"schedule.warmup_epochs is {recipe.schedule.warmup_epochs}, expected less than schedule.epochs",
-        ),
-        (recipe.train.batch_size >= 1, f"train.batch_size is {recipe.train.batch_size}, expected 1 or more"),
-        (recipe.train.accumulate >= 1, f"train.accumulate is {recipe.train.accumulate}, expected 1 or more"),
-        (recipe.train.save_steps >= 0, f"train.save_steps is {recipe.train.save_steps}, expected 0 or more"),
-        (recipe.data.workers >= 0, f"data.workers is {recipe.data.workers}, expected 0 or more"),
-        (recipe.optim.lr > 0, f"optim.lr is {recipe.optim.lr}, expected more than 0"),
-        (0 < recipe.data.holdout < 1, f"data.holdout is {recipe.data.holdout}, expected between 0 and 1"),
-        (0 <= recipe.train.ema < 1, f"train.ema is {recipe.train.ema}, expected 0 <= ema < 1"),
-        (0 <= recipe.augment.smoothing < 1, f"augment.smoothing is {recipe.augment.smoothing}, expected 0 to 1"),
-    ]
-    choices = {
-        "train.precision": (recipe.train.precision, ("fp32", "bf16", "fp16")),
-        "train.keep": (recipe.train.keep, ("best", "last")),
-        "optim.clip_mode": (recipe.optim.clip_mode, ("norm", "value", "agc")),
-    }
-    problems = [problem for holds, problem in rules if not holds]
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            problems.append(f"{key} is {value!r}, expected one of {', '.join(allowed)}")
+    values = dict(_leaves(recipe))
+    problems = []
+    for expected, holds, keys in _RULES:
+        problems += [f"{key} is {_show(values[key])}, expected {expected}" for key in keys if not holds(values[key])]
+    for key, allowed in _CHOICES.items():
+        if values[key] not in allowed:
+            choices = " or ".join(repr(choice) for choice in allowed if choice)
+            problems.append(f"{key} is {values[key]!r}, expected {choices}")
+    model, schedule = recipe.model, recipe.schedule
+    if not model.name:
+        problems.append("model.name is empty, expected a model (`zoo list` shows them)")
+    if not recipe.data.name:
+        problems.append("data.name is empty, expected a data set")
+    if model.pretrained and model.checkpoint:
+        problems.append("model has both pretrained and checkpoint, expected one of them")
+    if recipe.train.from_scratch and not (model.pretrained or model.checkpoint):
+        problems.append(
+            "train.from_scratch compares with pretrained weights, but model has neither those nor a checkpoint"
+        )
+    if schedule.warmup_epochs and schedule.warmup_epochs >= schedule.epochs:
+        problems.append(
+            f"schedule.warmup_epochs is {schedule.warmup_epochs:g}, expected less than the {schedule.epochs} epochs"
+        )
     return problems
 
 
+def _show(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a recipe with its dotted name."""
+    for spec in fields(part):
+        value = getattr(part, spec.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{spec.name}.")
+        else:
+            yield f"{prefix}{spec.name}", value
+
+
 def _all_keys() -> list[str]:
-    keys = []
-    for spec in fields(Recipe):
-        keys.append(spec.name)
-        kind = typing.get_type_hints(Recipe)[spec.name]
-        if dataclasses.is_dataclass(kind):
-            keys += [f"{spec.name}.{inner.name}" for inner in fields(kind)]
-    return keys
+    sections = [spec.name for spec in fields(Recipe) if dataclasses.is_dataclass(getattr(Recipe(), spec.name))]
+    return [*sections, *(key for key, _ in _leaves(Recipe()))]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -280,6 +334,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from error
+    except OSError as error:
+        raise RecipeError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

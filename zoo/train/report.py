@@ -4,6 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import require
+from zoo.train.run_folder import write_file
+
+
+def require_plotting() -> Any:
+    """matplotlib, or the error that names the extra to install; to be called before hours of work."""
+    return require("matplotlib", extra="train", why="Plotting the curves")
 
 
 def plot_curves(
@@ -15,6 +21,9 @@ def plot_curves(
         history: A row an epoch, as in ``metrics.csv``.
         path: Where to write.
         other: Histories of other runs to draw beside it, by name.
+
+    Raises:
+        TrainingError: If the file cannot be written.
     """
     pyplot = _pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -34,15 +43,17 @@ def plot_curves(
     right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
-    pyplot.close(figure)
+    try:
+        with write_file(path) as file:
+            figure.savefig(file, dpi=120, format="png")
+    finally:
+        pyplot.close(figure)
 
 
 def _pyplot() -> Any:
-    matplotlib = require("matplotlib", extra="train", why="Plotting the curves")
+    matplotlib = require_plotting()
     matplotlib.use("Agg")  # a picture in a file, whatever the screen
     from matplotlib import pyplot
 

@@ -14,9 +14,11 @@ sample.png           a held-out picture to try `zoo predict` on
 import csv
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from zoo.atomic import write_atomically
 from zoo.config import ModelConfig
@@ -30,6 +32,17 @@ class RunFolder:
     """Paths inside a run folder."""
 
     path: Path
+
+    def foreign(self) -> list[str]:
+        """What is in the folder that no run has put there before its recipe; hidden files do not count."""
+        ours = {self.config.name, self.environment.name, self.sample.name}
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(entry.name for entry in entries if entry.name not in ours and not entry.name.startswith("."))
+
+    def sweep(self) -> None:
+        """Remove the half-written files that a killed run has left."""
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
 
     @property
     def config(self) -> Path:
@@ -126,16 +139,25 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
+    """Write a text file atomically; errors as for :func:`write_file`."""
+    with write_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def write_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write to, which becomes ``path`` when the block ends without an error.
 
     Raises:
         TrainingError: If it cannot be written; what was there before is kept.
     """
     try:
         with write_atomically(path) as file:
-            file.write(text.encode())
+            yield file
     except OSError as error:
-        raise TrainingError(f"Cannot write {path}: {error.strerror}. What was there before is kept.") from error
+        raise TrainingError(
+            f"Cannot write {path}: {error.strerror or error}. What was there before is kept."
+        ) from error
 
 
 def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:

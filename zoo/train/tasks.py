@@ -17,6 +17,7 @@ from zoo.data.sources import ImageSource, open_source, stratified_holdout
 from zoo.errors import DataError, RecipeError
 from zoo.factory import create_model
 from zoo.preprocessing import Preprocessing
+from zoo.registry import get_config
 from zoo.train.recipe import Data, Recipe
 
 _logger = logging.getLogger(__name__)
@@ -36,12 +37,13 @@ class ImageClassification:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         data = recipe.data
+        overrides = dict(recipe.model.overrides)
+        get_config(recipe.model.name).override(**overrides)  # a mistake shows before the data is read
         self.source = open_source(data.name, split=data.train_split, root=data.root)
         self.classes = self.source.classes
         self.train_indices, self.val_indices = stratified_holdout(self.source.labels, data.holdout, recipe.seed)
-        overrides = dict(recipe.model.overrides)
         num_classes = overrides.pop("num_classes", len(self.classes))
-        if num_classes < len(self.classes):
+        if num_classes != len(self.classes):
             raise DataError(
                 f"{data.name} has {len(self.classes)} classes, but model.overrides.num_classes is {num_classes}; "
                 "leave it out to fit the classifier to the data."
@@ -94,6 +96,7 @@ def preprocessing_of(model: Any, data: Data) -> Preprocessing:
     own = Preprocessing(
         img_size=model.config.input_hw,
         crop_pct=cfg["crop_pct"],
+        crop_mode=cfg["crop_mode"],
         interpolation=cfg["interpolation"],
         mean=cfg["mean"],
         std=cfg["std"],
@@ -126,7 +129,8 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, *, chan
     """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' batches."""
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # loss, top-1, top-5, samples
+    double = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS has not
+    totals = torch.zeros(4, dtype=double, device=accelerator.device)  # loss, top-1, top-5, samples
     for batch in loader:
         batch = batch.to(accelerator.device, channels_last=channels_last)
         with accelerator.autocast():

@@ -1,0 +1,232 @@
+"""Class folders, parquet files, Hub data sets and the embedded digits; and holding a part out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zoo.data.image import decode_image
+from zoo.data.sources import ImageSource, open_source, stratified_holdout
+from zoo.errors import DataError, MissingExtraError
+
+PNG = bytes.fromhex(  # a grey picture of one pixel
+    "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
+    "3a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
+
+
+def make_folder(root: Path, **pictures: int) -> Path:
+    """Class folders with so many pictures each; ``train__cat`` stands for ``train/cat``."""
+    for name, count in pictures.items():
+        folder = root.joinpath(*name.split("__"))
+        folder.mkdir(parents=True)
+        for i in range(count):
+            (folder / f"{i}.png").write_bytes(PNG)
+    return root
+
+
+def make_parquet(path: Path, labels: list[Any], *, names: list[str] | None = None, image: Any = None) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = pa.array([{"bytes": PNG, "path": None}] * len(labels), pa.struct({"bytes": pa.binary(), "path": "string"}))
+    table = pa.table({"image": images if image is None else image, "label": labels})
+    if names is not None:
+        features = {"label": {"_type": "ClassLabel", "names": names}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+
+def test_class_folders_are_classes_sorted_by_name(tmp_path: Path) -> None:
+    source = open_source(str(make_folder(tmp_path, dog=2, cat=1, emu=3)))
+    assert source.classes == ("cat", "dog", "emu")
+    assert source.labels.tolist() == [0, 1, 1, 2, 2, 2]
+    assert source.encoded(1) == PNG
+    assert source.describe(1) == str(tmp_path / "dog" / "0.png")
+
+
+def test_pictures_lie_at_any_depth_and_hidden_or_other_files_do_not_count(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, cat=1, cat__old=1, dog=1)
+    for name in ("cat/._0.png", "cat/notes.txt", ".cache/x/0.png", "dog/.hidden/0.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(PNG)
+    (root / "dog" / "UPPER.JPG").write_bytes(PNG)
+    source = open_source(str(root))
+    assert source.classes == ("cat", "dog")
+    assert source.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_folder_may_hold_its_splits(tmp_path: Path) -> None:
+    root = str(make_folder(tmp_path, train__cat=3, train__dog=2, val__cat=1, val__dog=1))
+    assert len(open_source(root)) == 5
+    for split in ("val", "validation", "test"):
+        assert len(open_source(root, split=split)) == 2
+    with pytest.raises(DataError, match=r"has no split 'trian'. Did you mean: train\? It has: train, val.$"):
+        open_source(root, split="trian")
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    source = open_source(str(make_folder(tmp_path, car=1, train=2)))
+    assert source.classes == ("car", "train")
+
+
+def test_folders_without_what_they_need(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(PNG)
+    with pytest.raises(DataError, match=r"has no class folders; expected .*/<class name>/<pictures>.$"):
+        open_source(str(tmp_path))
+    make_folder(tmp_path, cat=1, dog=0)
+    with pytest.raises(DataError, match=r"Class folder .*dog holds no pictures; remove it, or add some \(.bmp, "):
+        open_source(str(tmp_path))
+    (tmp_path / "dog").rmdir()
+    with pytest.raises(DataError, match=r"has the split 'train' only, not 'test'; hold a part out with data.holdout.$"):
+        open_source(str(tmp_path), split="test")
+
+
+@pytest.mark.parametrize("subfolder", ["", "data"])
+def test_parquet_in_the_hubs_layout(tmp_path: Path, subfolder: str) -> None:
+    names = ["cat", "dog"]
+    for i, labels in enumerate(([0, 1, 1], [1, 0])):
+        make_parquet(tmp_path / subfolder / f"train-0000{i}-of-00002.parquet", labels, names=names)
+    make_parquet(tmp_path / subfolder / "test-00000-of-00001.parquet", [1], names=names)
+    source = open_source("owner/name", root=str(tmp_path))
+    assert source.classes == ("cat", "dog")
+    assert source.labels.tolist() == [0, 1, 1, 1, 0]
+    assert [source.encoded(i) for i in range(5)] == [PNG] * 5
+    assert open_source("owner/name", root=str(tmp_path), split="test").labels.tolist() == [1]
+    with pytest.raises(DataError, match=r"has no split 'tset'. Did you mean: test\? It has: test, train.$"):
+        open_source("owner/name", root=str(tmp_path), split="tset")
+
+
+def test_parquet_without_class_names_numbers_its_classes(tmp_path: Path) -> None:
+    source = open_source(str(make_parquet(tmp_path / "some.parquet", [2, 0, 1, 2])))
+    assert source.classes == ("0", "1", "2")
+
+
+def test_damaged_parquet_is_named(tmp_path: Path) -> None:
+    make_parquet(tmp_path / "train-0.parquet", [0])
+    damaged = make_parquet(tmp_path / "train-1.parquet", [0] * 50)
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"^Cannot read .*train-1.parquet as parquet: [^\n]+\.$"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "labels, names, message",
+    [
+        ([0, 2], ["cat", "dog"], r"has labels 0 to 2, but 2 class names.$"),
+        ([0, -1], ["cat", "dog"], r"has labels -1 to 0, but 2 class names.$"),
+        (["cat", "dog"], None, r"column 'label' is string; expected integers.$"),
+        ([0, None], None, r"column 'label' is int64; expected integers.$"),
+        ([], ["cat"], r"is empty.$"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path: Path, labels: list, names: list[str] | None, message: str) -> None:
+    import pyarrow as pa
+
+    kind = pa.string() if "cat" in labels else pa.int64()
+    path = make_parquet(tmp_path / "some.parquet", pa.array(labels, kind), names=names)
+    with pytest.raises(DataError, match=message):
+        open_source(str(path))
+
+
+def test_columns_that_do_not_fit(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "some.parquet"
+    pq.write_table(pa.table({"text": ["a"], "label": [0]}), path)
+    with pytest.raises(DataError, match=r"has the columns text, label; expected 'image' or 'img', and 'label'.$"):
+        open_source(str(path))
+    make_parquet(path, [0], image=pa.array([PNG]))
+    with pytest.raises(DataError, match=r"column 'image' is binary; expected the Hub's struct<bytes, path>.$"):
+        open_source(str(path))
+
+
+def test_a_parquet_file_has_one_split(tmp_path: Path) -> None:
+    path = make_parquet(tmp_path / "some.parquet", [0, 1])
+    with pytest.raises(DataError, match=r"has the split 'train' only, not 'test'; hold a part out with data.holdout.$"):
+        open_source(str(path), split="test")
+    (tmp_path / "some.csv").write_text("label")
+    with pytest.raises(DataError, match=r"some.csv is a file; expected a folder of class folders or a .parquet file.$"):
+        open_source(str(tmp_path / "some.csv"))
+
+
+def test_embedded_digits() -> None:
+    source = open_source("digits")
+    assert len(source) == 1797
+    assert source.classes == tuple("0123456789")
+    assert np.bincount(source.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert decode_image(source.encoded(0), source.describe(0)).size == (8, 8)
+
+
+@pytest.mark.shared
+def test_cifar10_as_the_hub_lays_it_out(shared: Path) -> None:
+    source = open_source("uoft-cs/cifar10", split="test", root=str(shared / "data" / "cifar10"))
+    assert source.classes[:3] == ("airplane", "automobile", "bird")
+    assert np.bincount(source.labels).tolist() == [1000] * 10
+    assert decode_image(source.encoded(9999), source.describe(9999)).size == (32, 32)
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^Unknown data set 'digit'. Did you mean: digits\? Expected one of digits, "):
+        open_source("digit")
+    with pytest.raises(DataError, match=r"^Unknown data set '/no/such/folder'. Expected one of digits, a folder, "):
+        open_source("/no/such/folder")
+    with pytest.raises(DataError, match=r"^data.root is '/no/such', which is not there; expected a folder.$"):
+        open_source("uoft-cs/cifar10", root="/no/such")
+
+
+def test_hub_data_set_without_a_network_is_one_clear_line() -> None:
+    with pytest.raises(DataError) as caught:
+        open_source("uoft-cs/cifar10", split="test")
+    message = str(caught.value)
+    assert message.startswith("Cannot load data set 'uoft-cs/cifar10', split 'test': ")
+    assert message.endswith(". Check the name and the network, or pass a local copy as data.root=FOLDER.")
+    assert "\n" not in message
+
+
+def test_parquet_without_pyarrow_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(MissingExtraError, match=r'^Reading parquet files needs pyarrow: pip install "efficient-zoo'):
+        open_source("digits")
+
+
+def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
+    source: ImageSource = open_source(str(make_folder(tmp_path, cat=2)))
+    (tmp_path / "cat" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"^Cannot read .*cat/1.png: No such file or directory.$"):
+        source.encoded(1)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.99])
+def test_holdout_takes_the_same_share_of_every_class(fraction: float) -> None:
+    counts = np.array([100, 50, 10, 2])
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), counts))
+    train, held = stratified_holdout(labels, fraction, seed=3)
+    assert sorted([*train, *held]) == list(range(len(labels)))
+    expected = np.clip(np.round(fraction * counts), 1, counts - 1)
+    assert np.bincount(labels[held]).tolist() == expected.tolist()
+
+
+def test_holdout_depends_on_its_seed_alone() -> None:
+    labels = np.repeat(np.arange(5), 20)
+    first, again, other = (stratified_holdout(labels, 0.2, seed)[1].tolist() for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_a_class_with_one_sample_is_kept_for_training() -> None:
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    train, held = stratified_holdout(labels, 0.5, seed=0)
+    assert 3 in train
+    assert set(labels[held]) == {0, 2}
+
+
+def test_classes_of_one_sample_each_leave_nothing_to_hold_out() -> None:
+    with pytest.raises(DataError, match=r"^None of the 3 classes has two samples, so that none can be held out.$"):
+        stratified_holdout(np.arange(3), 0.5, seed=0)

@@ -1,0 +1,45 @@
+"""What the tests of training share."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from zoo.train.run_folder import RunFolder
+
+
+class Outcome:
+    """All of a run that must not depend on how often it was interrupted."""
+
+    def __init__(self, path: Path) -> None:
+        folder = RunFolder(path)
+        self.metrics = folder.metrics.read_text()
+        self.result = json.loads(folder.result.read_text()) | {"seconds": 0}
+        self.weights, _ = read(folder.weights)
+        self.checkpoint, metadata = read(folder.checkpoint)
+        self.progress = json.loads(metadata["zoo_progress"]) | {"seconds": 0}
+        self.groups = metadata["zoo_groups"]
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, Outcome)
+        mine, theirs = vars(self) | {}, vars(other) | {}
+        for tensors in ("weights", "checkpoint"):
+            left, right = mine.pop(tensors), theirs.pop(tensors)
+            assert left.keys() == right.keys()
+            assert [name for name in left if not torch.equal(left[name], right[name])] == []
+        assert mine == theirs
+        return True
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A safetensors file's tensors and metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 -- not a mapping
+
+
+@pytest.fixture
+def outcome() -> type[Outcome]:
+    """``outcome(path)``: what a finished run folder holds, to be compared to the last bit."""
+    return Outcome

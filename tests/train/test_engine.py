@@ -1,0 +1,375 @@
+"""The training loop: what it learns, writes, refuses and survives."""
+
+import csv
+import json
+import multiprocessing
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo.config import ImageConfig
+from zoo.errors import ConfigError, DataError, MissingExtraError, RecipeError, TrainingError
+from zoo.inference import load_run
+from zoo.models._backbone import Backbone
+from zoo.train import device, engine
+from zoo.train.checkpoint import load_checkpoint
+from zoo.train.engine import Result, _Run, train
+from zoo.train.finetune import finetune
+from zoo.train.run_folder import RunFolder
+
+
+class Plain(Backbone):
+    """A network without batch norm, in which samples do not see each other."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(config.in_chans, 8, 8, stride=8)
+        self.stages = nn.Sequential(nn.GELU())
+        self.finish(config, widths=(8,), reductions=(8,))
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.stem(x)
+
+
+FAMILY = zoo.Family(
+    "plain_for_tests", config=ImageConfig, model=Plain, title="Plain", paper="", code="none", licence="Apache-2.0"
+)
+
+
+@FAMILY.variant
+def plain_for_tests() -> ImageConfig:
+    return ImageConfig(img_size=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    zoo.register(FAMILY)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    with (path / "metrics.csv").open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run that has learned something, with everything on."""
+    recipe = tiny_recipe(
+        **{
+            "augment.scale": [0.8, 1.0],
+            "optim.lr": 1e-2,
+            "schedule.epochs": 12,
+            "schedule.warmup_epochs": 1,
+            "train.ema": 0.8,
+            "train.tensorboard": True,
+        }
+    )
+    return train(recipe, tmp_path_factory.mktemp("finished") / "run", quiet=True)
+
+
+def test_the_loss_falls_and_the_classes_are_learned(finished: Result) -> None:
+    rows = read_metrics(finished.folder)
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+    assert finished.metrics["top1"] > 90
+
+
+def test_the_run_folder_is_complete(finished: Result) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names == {
+        "config.json",
+        "recipe.toml",
+        "environment.json",
+        "model.safetensors",
+        "checkpoint.safetensors",
+        "metrics.csv",
+        "curves.png",
+        "result.json",
+        "sample.png",
+        "tensorboard",
+    }
+    assert list((finished.folder / "tensorboard").glob("**/events.out.tfevents.*"))
+    environment = json.loads((finished.folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert load_run(finished.folder).predict([finished.folder / "sample.png"])[0][0][0] in ("blue", "green", "red")
+
+
+def test_the_best_epoch_is_kept_and_is_what_the_result_says(finished: Result) -> None:
+    rows = read_metrics(finished.folder)
+    best = max(row["ema_top1"] for row in rows)
+    assert finished.epoch == next(row["epoch"] for row in rows if row["ema_top1"] == best)
+    assert finished.metrics == {key: rows[finished.epoch - 1][f"ema_{key}"] for key in ("loss", "top1", "top5")}
+
+
+def test_the_schedule_warms_up_and_then_falls(finished: Result) -> None:
+    rates = [row["learning_rate"] for row in read_metrics(finished.folder)]
+    assert max(rates) <= 1e-2
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] < 0.01 * 1e-2
+
+
+def test_no_worker_outlives_its_run(tiny_recipe: Callable, tmp_path: Path) -> None:
+    train(tiny_recipe(**{"data.workers": 1, "schedule.epochs": 1}), tmp_path / "run", quiet=True)
+    assert multiprocessing.active_children() == []
+
+
+def test_last_keeps_the_last_epoch(tiny_recipe: Callable, tmp_path: Path) -> None:
+    result = train(tiny_recipe(**{"train.keep": "last", "schedule.epochs": 3}), tmp_path / "run", quiet=True)
+    assert result.epoch == 3
+    assert result.metrics["loss"] == read_metrics(result.folder)[-1]["val_loss"]
+
+
+def test_a_finished_run_resumes_to_its_result(finished: Result) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+    held = zoo.load_recipe(finished.folder / "recipe.toml")
+    assert train(held, finished.folder, resume=True, quiet=True) == finished
+    assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
+
+
+def test_a_run_folder_in_use_is_not_overwritten(finished: Result, tiny_recipe: Callable, tmp_path: Path) -> None:
+    held = zoo.load_recipe(finished.folder / "recipe.toml")
+    with pytest.raises(RecipeError, match=r"holds a run already; pass --resume to continue it, or another --out.$"):
+        train(held, finished.folder, quiet=True)
+    other = held.replace(**{"optim.lr": 0.5, "model.overrides.drop_rate": 0.1})
+    with pytest.raises(RecipeError) as caught:
+        train(other, finished.folder, resume=True, quiet=True)
+    assert str(caught.value) == (
+        f"{finished.folder} holds a run of another recipe: model.overrides.drop_rate was None, is 0.1; "
+        "optim.lr was 0.01, is 0.5. Choose another --out."
+    )
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RecipeError, match=r"holds no run, but is not empty \(thesis.tex\); choose another --out.$"):
+        train(held, tmp_path, quiet=True)
+    with pytest.raises(RecipeError, match=r"^Cannot make the run folder .*thesis.tex: File exists.$"):
+        train(held, tmp_path / "thesis.tex", quiet=True)
+
+
+def test_a_run_that_died_before_its_recipe_was_written_starts_anew(tiny_recipe: Callable, tmp_path: Path) -> None:
+    for name in ("config.json", "environment.json", ".sample.png.1-abc.tmp"):
+        (tmp_path / name).write_text("half")
+    train(tiny_recipe(**{"schedule.epochs": 1}), tmp_path, quiet=True)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert load_run(tmp_path).labels == ("blue", "green", "red")
+
+
+def test_accumulation_equals_the_larger_batch(tiny_recipe: Callable, tmp_path: Path) -> None:
+    plain = {"model.name": "plain_for_tests", "model.overrides": {"img_size": 32}, "optim.name": "sgd"}
+    whole = train(tiny_recipe(**plain, **{"train.batch_size": 16}), tmp_path / "whole", quiet=True)
+    split = train(
+        tiny_recipe(**plain, **{"train.batch_size": 8, "train.accumulate": 2}), tmp_path / "split", quiet=True
+    )
+    left, right = (load_run(result.folder).model.state_dict() for result in (whole, split))
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-6)
+    steps = [[row["step"] for row in read_metrics(result.folder)] for result in (whole, split)]
+    assert steps == [[3, 6], [3, 6]]
+    start = zoo.create_model("plain_for_tests", num_classes=3).state_dict()
+    assert not any(torch.allclose(left[name], start[name]) for name in left)
+
+
+@pytest.mark.parametrize("mode, limit", [("norm", 1e-3), ("value", 1e-5)])
+def test_clipping_bounds_the_step(tiny_recipe: Callable, tmp_path: Path, mode: str, limit: float) -> None:
+    changes = {"optim.clip": limit, "optim.clip_mode": mode, "optim.name": "momentum", "optim.lr": 1.0}
+    recipe = tiny_recipe(**changes, **{"optim.weight_decay": 0.0, "optim.momentum": 0.0, "schedule.epochs": 1})
+    run = _Run(recipe, RunFolder(tmp_path), quiet=True)
+    before = torch.cat([parameter.detach().flatten().clone() for parameter in run.model.parameters()])
+    run.train_loader.set_epoch(0)
+    run._set_learning_rate()
+    run._optimiser_step(iter(run.train_loader))
+    moved = torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()]) - before
+    size = moved.norm() if mode == "norm" else moved.abs().max()
+    assert 0.9 * limit < size < 1.01 * limit
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim.clip": 0.01, "optim.clip_mode": "agc"},
+        {"augment.mixup": 0.8, "augment.cutmix": 1.0, "augment.smoothing": 0.1},
+        {"augment.auto_augment": "rand-m5-n1", "augment.erasing": 0.3, "augment.color_jitter": 0.2},
+        {"optim.layer_decay": 0.7},
+        # 64 px: torch 2.15's bf16 gradient of a strided convolution over a 1 x 1 map is uninitialised memory
+        {"train.precision": "bf16", "model.overrides.img_size": 64},
+        {"optim.name": "lamb"},
+        {"model.overrides.in_chans": 1},
+        {"train.channels_last": False, "data.interpolation": "nearest", "data.crop_pct": 1.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_setting_trains(tiny_recipe: Callable, tmp_path: Path, changes: dict) -> None:
+    result = train(tiny_recipe(**changes, **{"schedule.epochs": 1}), tmp_path / "run", quiet=True)
+    [row] = read_metrics(result.folder)
+    assert 0 < row["train_loss"] < 3
+
+
+def test_layer_decay_slows_the_early_layers(tiny_recipe: Callable, tmp_path: Path) -> None:
+    run = _Run(tiny_recipe(**{"optim.layer_decay": 0.5}), RunFolder(tmp_path), quiet=True)
+    assert run._set_learning_rate() == pytest.approx(2e-3)
+    rates = {
+        name: group["lr"]
+        for group in run.optimizer.param_groups
+        for name, parameter in run.model.named_parameters()
+        if any(parameter is own for own in group["params"])
+    }
+    stem = next(rate for name, rate in rates.items() if name.startswith("patch_embed"))
+    assert stem < 0.3 * next(rate for name, rate in rates.items() if name.startswith("head"))
+
+
+def test_runs_of_one_process_may_differ_in_precision_and_accumulation(tiny_recipe: Callable, tmp_path: Path) -> None:
+    for i, (precision, accumulate) in enumerate([("fp32", 1), ("bf16", 2), ("fp32", 1)]):
+        changes = {"train.precision": precision, "train.accumulate": accumulate, "schedule.epochs": 1}
+        changes["model.overrides.img_size"] = 64  # see above
+        result = train(tiny_recipe(**changes), tmp_path / str(i), quiet=True)
+        assert read_metrics(result.folder)[0]["step"] == 6 // accumulate
+    assert read_metrics(tmp_path / "0") == read_metrics(tmp_path / "2")
+    assert device.make_accelerator("bf16").mixed_precision == "bf16"
+    assert device.make_accelerator("fp32").mixed_precision == "no"
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(
+    tiny_recipe: Callable, tmp_path: Path, outcome: Callable
+) -> None:
+    changes = {"model.overrides.drop_path_rate": 0.2, "augment.mixup": 0.5, "schedule.epochs": 1}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        train(tiny_recipe(**changes, seed=seed), tmp_path / name, quiet=True)
+        torch.rand(7)  # what a program does between runs must not matter
+    assert outcome(tmp_path / "first") == outcome(tmp_path / "again")
+    assert read_metrics(tmp_path / "first") != read_metrics(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "changes, kind, message",
+    [
+        ({"model.name": "efficientvit_n0"}, zoo.UnknownModelError, r"^Unknown model 'efficientvit_n0'. Did you mean: "),
+        ({"model.overrides.depth": [1]}, ConfigError, r"has no field 'depth'. Did you mean: depths"),
+        ({"model.overrides.checkpoint": "x"}, ConfigError, r"has no field 'checkpoint'"),
+        ({"model.overrides.num_classes": 2}, DataError, r"has 3 classes, but model.overrides.num_classes is 2; "),
+        ({"model.overrides.num_classes": 9}, DataError, r"has 3 classes, but model.overrides.num_classes is 9; "),
+        ({"model.checkpoint": "no.safetensors"}, zoo.WeightsError, r"^no.safetensors: no such file"),
+        ({"optim.name": "adamq"}, RecipeError, r"^optim.name is 'adamq', which timm does not know. Did you mean: adam"),
+        ({"optim.name": "fusedadamw"}, RecipeError, r"^optim.name is 'fusedadamw', which does not work here: "),
+        ({"augment.auto_augment": "rnd"}, RecipeError, r"^augment.auto_augment is 'rnd'; expected timm's notation"),
+        ({"train.batch_size": 7, "augment.mixup": 0.5}, RecipeError, r"^train.batch_size is 7; mixup and cutmix need "),
+        ({"train.batch_size": 99}, RecipeError, r"^train.batch_size 99 x accumulate 1 is more than the 48 training "),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_one_clear_line(
+    tiny_recipe: Callable, tmp_path: Path, changes: dict, kind: type, message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        train(tiny_recipe(**changes), tmp_path / "run", quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_precision_that_the_device_has_not_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ValueError("bf16 mixed precision requires a supported device.")
+
+    monkeypatch.setattr(device, "Accelerator", refuse)
+    with pytest.raises(RecipeError, match=r"^train.precision is 'bf16', which does not work here: bf16 mixed "):
+        device.make_accelerator("bf16")
+
+
+@pytest.mark.parametrize("package, what", [("matplotlib", "Plotting the curves"), ("tensorboard", "train.tensorboard")])
+def test_a_missing_package_shows_before_the_work_begins(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, what: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf'^{what} needs {package}: pip install "efficient-zoo\[train\]"$'):
+        train(tiny_recipe(**{"train.tensorboard": True}), tmp_path, quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe: Callable, tmp_path: Path) -> None:
+    recipe = tiny_recipe(**{"optim.lr": 1e10, "optim.name": "sgd", "schedule.warmup_lr": 1e10})
+    with pytest.raises(TrainingError) as caught:
+        train(recipe, tmp_path, quiet=True)
+    assert re.fullmatch(
+        r"The loss is (nan|inf) at step \d \(epoch 1\), learning rate \d.*e\+(09|10); no checkpoint had been written "
+        "yet. To go on, lower optim.lr or set optim.clip.",
+        str(caught.value),
+    )
+
+
+def test_the_last_good_checkpoint_is_kept(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poisoned(engine.TASKS["image-classification"]):
+        def loss(self, model: nn.Module, batch: object, *seed: int) -> torch.Tensor:
+            return super().loss(model, batch, *seed) * (float("nan") if seed[1] == 8 else 1)
+
+    monkeypatch.setitem(engine.TASKS, "image-classification", Poisoned)
+    recipe = tiny_recipe(**{"train.save_steps": 1})
+    with pytest.raises(TrainingError) as caught:
+        train(recipe, tmp_path, quiet=True)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    assert str(caught.value).startswith("The loss is nan at step 8 (epoch 2), learning rate 0.00")
+    assert f"; the last good checkpoint is {checkpoint}. " in str(caught.value)
+    run = _Run(recipe, RunFolder(tmp_path), quiet=True)
+    assert load_checkpoint(checkpoint, run.plain_model, None, run._plain_optimizer)["step"] == 8
+    assert all(tensor.isfinite().all() for tensor in run.plain_model.state_dict().values())
+    monkeypatch.undo()  # and it goes on from there
+    assert train(recipe, tmp_path, resume=True, quiet=True).epoch in (1, 2)
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_spoiled_weights_are_not_saved_though_the_loss_is_finite(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
+) -> None:
+    step = _Run._optimiser_step
+
+    def spoil(self: _Run, batches: object) -> torch.Tensor:
+        loss = step(self, batches)
+        if self.step == 5:  # the last of the first epoch
+            next(self.model.parameters()).data.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(_Run, "_optimiser_step", spoil)
+    with pytest.raises(TrainingError, match=r"^The weights are no longer finite at step 5 \(epoch 1\), learning rate "):
+        train(tiny_recipe(**{"train.save_steps": save_steps}), tmp_path, quiet=True)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "checkpoint.safetensors").exists() == bool(save_steps)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_stops_the_run_with_its_name(
+    tiny_recipe: Callable, class_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    shutil.copytree(class_folder, tmp_path / "data")
+    for picture in (tmp_path / "data" / "red").iterdir():
+        picture.write_bytes(picture.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"^/.*/red/\d\d.png is a damaged picture: [^\n]*\.$"):
+        train(
+            tiny_recipe(**{"data.name": str(tmp_path / "data"), "data.workers": workers}), tmp_path / "run", quiet=True
+        )
+
+
+def test_finetuning_is_compared_with_the_same_from_scratch(
+    finished: Result, tiny_recipe: Callable, tmp_path: Path
+) -> None:
+    changes = {"model.checkpoint": str(finished.folder / "model.safetensors"), "train.from_scratch": True}
+    recipe = tiny_recipe(**changes, **{"optim.lr": 1e-4, "schedule.epochs": 1})
+    comparison = finetune(recipe, tmp_path / "run", quiet=True)
+    assert comparison.from_scratch is not None
+    assert comparison.from_scratch.folder == tmp_path / "run" / "from_scratch"
+    assert comparison.result.metrics["top1"] > comparison.from_scratch.metrics["top1"]
+    scratch = zoo.load_recipe(comparison.from_scratch.folder / "recipe.toml")
+    assert scratch == recipe.replace(**{"model.checkpoint": "", "train.from_scratch": False})
+    assert finetune(recipe, tmp_path / "run", resume=True, quiet=True) == comparison
+
+
+def test_epochs_are_told_where_there_is_no_terminal(
+    tiny_recipe: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_recipe(**{"train.ema": 0.9}), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert "held-out top-1 " in lines[0]
+    assert "averaged weights " in lines[0]
+    assert "\x1b" not in "".join(lines)

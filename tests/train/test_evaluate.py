@@ -1,0 +1,82 @@
+"""``evaluate_run``: the figures that training saw, from what the run folder holds alone."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zoo.errors import DataError, WeightsError
+from zoo.train.engine import train
+from zoo.train.evaluate import evaluate_run
+
+
+@pytest.mark.parametrize("changes", [{}, {"train.ema": 0.5}, {"train.precision": "bf16"}], ids=str)
+def test_the_held_out_figures_are_the_results_to_the_digit(
+    tiny_recipe: Callable, tmp_path: Path, changes: dict
+) -> None:
+    result = train(tiny_recipe(**changes, **{"model.overrides.img_size": 64}), tmp_path / "run", quiet=True)
+    figures = evaluate_run(result.folder)
+    assert figures == {"split": "heldout", "samples": 12, **result.metrics}
+    assert evaluate_run(result.folder) == figures
+
+
+@pytest.fixture(scope="module")
+def run(tiny_recipe: Callable, class_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a folder with a train and a test split."""
+    root = tmp_path_factory.mktemp("run")
+    for split in ("train", "test"):
+        shutil.copytree(class_folder, root / "data" / split)
+    for picture in (root / "data" / "test").glob("*/1*.png"):
+        picture.unlink()
+    recipe = tiny_recipe(**{"data.name": str(root / "data"), "data.test_split": "test", "schedule.epochs": 1})
+    return train(recipe, root / "run", quiet=True).folder
+
+
+def test_the_recipes_test_split_comes_first(run: Path) -> None:
+    figures = evaluate_run(run)
+    assert (figures["split"], figures["samples"]) == ("test", 30)
+    assert evaluate_run(run, split="heldout")["samples"] == 12
+    assert evaluate_run(run, split="train")["samples"] == 60
+
+
+def test_data_that_has_moved(run: Path, tmp_path: Path) -> None:
+    figures = evaluate_run(run)
+    shutil.move(run.parent / "data", tmp_path / "data")
+    try:
+        with pytest.raises(DataError, match=r"^Unknown data set '/.*/data'. Expected one of digits, a folder, "):
+            evaluate_run(run)
+        assert evaluate_run(run, root=str(tmp_path / "data")) == figures
+    finally:
+        shutil.move(tmp_path / "data", run.parent / "data")
+
+
+def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^/.*/data, split 'train', has other classes than the run: 10, not 3.$"):
+        evaluate_run(run, split="train", root=str(Path(__file__).parents[2] / "zoo/data/embedded/digits.parquet"))
+    shutil.copytree(run.parent / "data" / "test", tmp_path / "data")
+    (tmp_path / "data" / "green").rename(tmp_path / "data" / "grey")
+    with pytest.raises(DataError, match=r"has other classes than the run: class 1 is 'grey', not 'green'.$"):
+        evaluate_run(run, split="train", root=str(tmp_path / "data"))
+
+
+def test_no_such_split_names_the_nearest(run: Path) -> None:
+    with pytest.raises(DataError, match=r"has no split 'tset'. Did you mean: test\? It has: test, train.$"):
+        evaluate_run(run, split="tset")
+
+
+def test_what_is_not_a_run_folder_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"is not a run folder: it has no config.json.$"):
+        evaluate_run(tmp_path)
+    with pytest.raises(WeightsError, match=r"is not a run folder: it has no config.json.$"):
+        evaluate_run(tmp_path / "nowhere")
+    shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"has no model.safetensors: the run has not finished its first epoch.$"):
+        evaluate_run(tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text('{"name": "x"}')
+    with pytest.raises(WeightsError, match=r"config.json is not a run folder's config: 'config' is missing or wrong.$"):
+        evaluate_run(tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"^Cannot read .*config.json: [^\n]+\.$"):
+        evaluate_run(tmp_path / "copy")

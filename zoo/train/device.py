@@ -1,0 +1,28 @@
+"""Where a run computes, and in which precision."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from zoo.errors import RecipeError, reason
+
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_accelerator(precision: str, **options: Any) -> Accelerator:
+    """An accelerator of this precision, whatever an earlier run in this process had.
+
+    Args:
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        **options: Of :class:`accelerate.Accelerator`.
+
+    Raises:
+        RecipeError: If this machine cannot compute in it.
+    """
+    AcceleratorState._reset_state()  # accelerate keeps one precision per process; the process group stays
+    try:
+        return Accelerator(mixed_precision=_PRECISION[precision], **options)
+    except ValueError as error:
+        AcceleratorState._reset_state()
+        raise RecipeError(f"train.precision is {precision!r}, which does not work here: {reason(error)}.") from error
