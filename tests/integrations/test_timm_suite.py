@@ -69,6 +69,7 @@ def timm_tests() -> Path:
     return folder
 
 
+@pytest.mark.timeout(1600)
 @pytest.mark.timm
 @pytest.mark.slow
 def test_timms_tests_pass_on_every_model(timm_tests: Path, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_timms_tests_pass_on_every_model(timm_tests: Path, tmp_path: Path) -> No
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=540,  # below pytest's own, which would leave the workers running
+        timeout=1500,  # below pytest's own, which would leave the workers running
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 

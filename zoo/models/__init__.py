@@ -5,5 +5,7 @@ generated: ``pytest tests/models/test_index.py --update-golden`` rewrites it and
 """
 
 MODULES = {
+    "efficientnet": "zoo.models.efficientnet",
     "efficientvit": "zoo.models.efficientvit",
+    "tinynet": "zoo.models.tinynet",
 }

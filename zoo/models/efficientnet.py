@@ -1,0 +1,308 @@
+"""EfficientNet: mobile inverted bottlenecks with squeeze-and-excitation, scaled by one rule in depth, width and size.
+
+Paper: arXiv:1905.11946 (ICML 2019).
+Original code: github.com/tensorflow/tpu, models/official/efficientnet (Apache-2.0). This is its PyTorch form in timm,
+with symmetric padding and PyTorch's batch norm, whose parameter names these are, so that its weights on the Hub load as
+they are; the ``tf_efficientnet`` weights need TensorFlow's padding and are another model.
+
+Differs from both: the rate of stochastic depth reaches ``drop_path_rate`` at the last block, not one step short of it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import ImageConfig, axis
+from zoo.errors import ConfigError
+from zoo.layers import DropPath, drop_path_rates, fuse_pairs, make_divisible
+from zoo.models._backbone import Backbone
+from zoo.registry import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientNetConfig(ImageConfig):
+    """The paper's Table 1. Tuples hold one entry per stage, after a stem of stride 2; the default is B0."""
+
+    stem_width: int = axis("width", 32, multiple_of=8)
+    widths: tuple[int, ...] = axis("width", (16, 24, 40, 80, 112, 192, 320), multiple_of=8)
+    head_width: int = axis("width", 1280, multiple_of=8)  # of the 1x1 convolution before the pooling
+    depths: tuple[int, ...] = axis("depth", (1, 2, 2, 3, 3, 4, 1))
+    strides: tuple[int, ...] = (1, 2, 2, 2, 1, 2, 1)  # of a stage's first block
+    kernel_sizes: tuple[int, ...] = (3, 3, 5, 3, 5, 5, 3)
+    expand_ratios: tuple[float, ...] = (1, 6, 6, 6, 6, 6, 6)  # 1: depthwise separable blocks, which do not expand
+    se_ratio: float = 0.25  # squeezed width, as a part of the block's input
+
+    @property
+    def min_input_side(self) -> int:
+        return 2 * math.prod(self.strides)
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_same_length("widths", "depths", "strides", "kernel_sizes", "expand_ratios")
+        self.check_positive("stem_width", "widths", "head_width", "depths", "kernel_sizes", "se_ratio")
+        if any(stride not in (1, 2) for stride in self.strides):
+            raise ConfigError(f"strides is {self.strides}; expected 1 or 2 for each stage.")
+        if any(size % 2 == 0 for size in self.kernel_sizes):
+            raise ConfigError(f"kernel_sizes is {self.kernel_sizes}; expected odd sizes.")
+        if any(ratio < 1 for ratio in self.expand_ratios):
+            raise ConfigError(f"expand_ratios is {self.expand_ratios}; expected 1 (no expansion) or more.")
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from its global mean: ``[B, dim, H, W] -> [B, dim, H, W]``."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(dim, hidden, 1)
+        self.act = nn.SiLU(inplace=True)
+        self.conv_expand = nn.Conv2d(hidden, dim, 1)
+        self.inplace = False
+
+    def fuse(self) -> "SqueezeExcite":
+        """Scale in place, for inference only: the network's largest maps are not allocated a second time."""
+        self.inplace = True
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        gate = self.conv_expand(self.act(self.conv_reduce(gate))).sigmoid()
+        return x.mul_(gate) if self.inplace else x * gate
+
+
+class DepthwiseSeparable(nn.Module):
+    """The bottleneck without expansion: ``[B, dim, H, W] -> [B, out_dim, ceil(H/stride), ceil(W/stride)]``."""
+
+    def __init__(
+        self, dim: int, out_dim: int, *, kernel_size: int, stride: int, se_ratio: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.is_residual = stride == 1 and dim == out_dim
+        self.conv_dw = nn.Conv2d(dim, dim, kernel_size, stride, kernel_size // 2, groups=dim, bias=False)
+        self.bn1 = nn.BatchNorm2d(dim)
+        self.act = nn.SiLU(inplace=True)
+        self.se = SqueezeExcite(dim, max(1, round(dim * se_ratio)))
+        self.conv_pw = nn.Conv2d(dim, out_dim, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def fuse(self) -> "DepthwiseSeparable":
+        """Fold the batch norms into the convolutions."""
+        fuse_pairs(self, conv_dw="bn1", conv_pw="bn2")
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.se(self.act(self.bn1(self.conv_dw(x))))
+        y = self.bn2(self.conv_pw(y))
+        return x + self.drop_path(y) if self.is_residual else y
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's bottleneck with squeeze-and-excitation, the paper's MBConv.
+
+    ``[B, dim, H, W] -> [B, out_dim, ceil(H/stride), ceil(W/stride)]``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        kernel_size: int,
+        stride: int,
+        expand_ratio: float,
+        se_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        hidden = make_divisible(dim * expand_ratio)
+        self.is_residual = stride == 1 and dim == out_dim
+        self.conv_pw = nn.Conv2d(dim, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv_dw = nn.Conv2d(hidden, hidden, kernel_size, stride, kernel_size // 2, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.act = nn.SiLU(inplace=True)
+        self.se = SqueezeExcite(hidden, max(1, round(dim * se_ratio)))
+        self.conv_pwl = nn.Conv2d(hidden, out_dim, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def fuse(self) -> "InvertedResidual":
+        """Fold the batch norms into the convolutions."""
+        fuse_pairs(self, conv_pw="bn1", conv_dw="bn2", conv_pwl="bn3")
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv_pw(x)))
+        y = self.se(self.act(self.bn2(self.conv_dw(y))))
+        y = self.bn3(self.conv_pwl(y))
+        return x + self.drop_path(y) if self.is_residual else y
+
+
+class EfficientNet(Backbone):
+    """conv_stem, stages of blocks, conv_head, pooled linear classifier.
+
+    The feature levels are the last stages at strides 2, 4, 8, 16 and 32.
+    """
+
+    stages_name = "blocks"
+    head_name = "classifier"
+
+    if TYPE_CHECKING:
+        classifier: nn.Module
+
+    def __init__(self, config: EfficientNetConfig) -> None:
+        super().__init__()
+        self.conv_stem = nn.Conv2d(config.in_chans, config.stem_width, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(config.stem_width)
+        self.act1 = nn.SiLU(inplace=True)
+        self.blocks = nn.Sequential()
+        rates = drop_path_rates(config.drop_path_rate, config.depths)
+        reductions, reduction, dim = [], 2, config.stem_width
+        for i, out_dim in enumerate(config.widths):
+            stage = nn.Sequential()
+            for j, rate in enumerate(rates[i]):
+                stride = config.strides[i] if j == 0 else 1
+                stage.append(self._block(config, i, dim, out_dim, stride=stride, drop_path=rate))
+                dim = out_dim
+            self.blocks.append(stage)
+            reduction *= config.strides[i]
+            reductions.append(reduction)
+        self.conv_head = nn.Conv2d(dim, config.head_width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(config.head_width)
+        self.act2 = nn.SiLU(inplace=True)
+        self.drop = nn.Dropout(config.drop_rate)
+        taps = tuple(i for i in range(len(reductions)) if reductions[i : i + 2] != [reductions[i]] * 2)
+        self.finish(
+            config,
+            widths=tuple(config.widths[i] for i in taps),
+            reductions=tuple(reductions[i] for i in taps),
+            taps=taps,
+            num_features=config.head_width,
+        )
+        self.reset_parameters()
+
+    @staticmethod
+    def _block(
+        config: EfficientNetConfig, stage: int, dim: int, out_dim: int, *, stride: int, drop_path: float
+    ) -> nn.Module:
+        kernel_size, expand_ratio = config.kernel_sizes[stage], config.expand_ratios[stage]
+        settings: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "se_ratio": config.se_ratio}
+        if expand_ratio == 1:
+            return DepthwiseSeparable(dim, out_dim, drop_path=drop_path, **settings)
+        return InvertedResidual(dim, out_dim, expand_ratio=expand_ratio, drop_path=drop_path, **settings)
+
+    def reset_parameters(self) -> None:
+        """Convolutions start normal with variance 2 / fan_out, as in the original code; the rest as PyTorch has it."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=(2 / (module.weight[:, 0].numel() / module.groups)) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.act1(self.bn1(self.conv_stem(x)))
+
+    def forward_stages(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+    def forward_final(self, x: Tensor) -> Tensor:
+        return self.act2(self.bn2(self.conv_head(x)))
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.classifier(self.drop(x))
+
+    def prune_norm(self) -> None:
+        """Remove what is not part of a feature level: the last convolution with its norm and activation."""
+        for name in ("conv_head", "bn2", "act2"):
+            setattr(self, name, nn.Identity())
+
+    @torch.jit.ignore
+    def fuse(self) -> "EfficientNet":
+        """As :meth:`Backbone.fuse`; the weights also become channels-last, in which depthwise convolutions are faster.
+
+        The memory format spreads from the stem, whatever that of the input is.
+        """
+        super().fuse()
+        fuse_pairs(self, conv_stem="bn1", conv_head="bn2")
+        return self.to(memory_format=torch.channels_last)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^blocks\.(\d+)" if coarse else r"^blocks\.(\d+)\.(\d+)"
+        return {"stem": r"^(?:conv_stem|bn1)\.", "blocks": [(blocks, None), (r"^(?:conv_head|bn2)\.", (99999,))]}
+
+
+FAMILY = Family(
+    "efficientnet",
+    config=EfficientNetConfig,
+    model=EfficientNet,
+    title="EfficientNet",
+    paper="arXiv:1905.11946",
+    code="github.com/tensorflow/tpu, models/official/efficientnet",
+    licence="Apache-2.0",
+    first_conv="conv_stem",
+    classifier="classifier",
+)
+
+
+def compound(*, width: float, depth: float, img_size: int) -> EfficientNetConfig:
+    """B0 scaled as the original code scales it: every width to the nearest multiple of 8, every depth rounded up."""
+    base = EfficientNetConfig()
+    return base.override(
+        stem_width=make_divisible(base.stem_width * width),
+        widths=tuple(make_divisible(each * width) for each in base.widths),
+        head_width=make_divisible(base.head_width * width),
+        depths=tuple(math.ceil(each * depth) for each in base.depths),
+        img_size=img_size,
+    )
+
+
+@FAMILY.variant
+def efficientnet_b0() -> EfficientNetConfig:
+    """5.3 M parameters, 0.39 GMACs, 77.1 % top-1."""
+    return EfficientNetConfig()
+
+
+@FAMILY.variant
+def efficientnet_b1() -> EfficientNetConfig:
+    """7.8 M parameters, 0.70 GMACs, 79.1 % top-1."""
+    return compound(width=1.0, depth=1.1, img_size=240)
+
+
+@FAMILY.variant
+def efficientnet_b2() -> EfficientNetConfig:
+    """9.2 M parameters, 1.0 GMACs, 80.1 % top-1."""
+    return compound(width=1.1, depth=1.2, img_size=260)
+
+
+@FAMILY.variant
+def efficientnet_b3() -> EfficientNetConfig:
+    """12 M parameters, 1.8 GMACs, 81.6 % top-1."""
+    return compound(width=1.2, depth=1.4, img_size=300)
+
+
+@FAMILY.variant
+def efficientnet_b4() -> EfficientNetConfig:
+    """19 M parameters, 4.2 GMACs, 82.9 % top-1."""
+    return compound(width=1.4, depth=1.8, img_size=380)
+
+
+@FAMILY.variant
+def efficientnet_b5() -> EfficientNetConfig:
+    """30 M parameters, 9.9 GMACs, 83.6 % top-1."""
+    return compound(width=1.6, depth=2.2, img_size=456)
+
+
+@FAMILY.variant
+def efficientnet_b6() -> EfficientNetConfig:
+    """43 M parameters, 19 GMACs, 84.0 % top-1."""
+    return compound(width=1.8, depth=2.6, img_size=528)
+
+
+@FAMILY.variant
+def efficientnet_b7() -> EfficientNetConfig:
+    """66 M parameters, 37 GMACs, 84.3 % top-1."""
+    return compound(width=2.0, depth=3.1, img_size=600)
