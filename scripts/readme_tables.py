@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from zoo.pretrained.manifest import Weights, list_weights
-from zoo.registry import index, list_models
+from zoo.registry import index
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -17,8 +17,7 @@ README = Path(__file__).parent.parent / "README.md"
 def models_table() -> str:
     """A row for each variant: costs at its own resolution, published accuracy, weights."""
     rows = ["| model | params (M) | MACs (M) | px | top-1 (%) | weights |", "|---|---:|---:|---:|---:|---|"]
-    for name in list_models():
-        entry = index()[name]
+    for name, entry in index().items():
         weights = list_weights(name)
         size = entry["img_size"]
         side = size if isinstance(size, int) else " x ".join(map(str, size))
@@ -33,7 +32,7 @@ def models_table() -> str:
 def weights_table() -> str:
     """A row for each set of weights: where it is, its licence, its figures and who published them."""
     rows = ["| weights | from | licence | top-1 (%) | published by |", "|---|---|---|---:|---|"]
-    for entry in list_weights():
+    for entry in (entry for name in index() for entry in list_weights(name)):
         metric = entry.metrics[0] if entry.metrics else None
         top1, source = (f"{metric.top1:g} ({metric.dataset})", metric.source) if metric else ("-", "-")
         rows.append(f"| `{entry.name}` | {_place(entry)} | {entry.licence} | {top1} | {source} |")

@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_recipe: Callable, tmp_path
         train(recipe, tmp_path, quiet=True)
     assert re.fullmatch(
         r"The loss is (nan|inf) at step \d \(epoch 1\), learning rate \d.*e\+(09|10); no checkpoint had been written "
-        "yet. To go on, lower optim.lr or set optim.clip.",
+        "yet. To go on, lower optim.lr or set optim.clip, in another --out.",
         str(caught.value),
     )
 

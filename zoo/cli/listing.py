@@ -30,8 +30,10 @@ def list_models(
     rows: list[dict[str, Any]] = []
     for name in names:
         variant, tag = split_name(name)
-        entry = index().get(variant, {})
+        entry = dict(index().get(variant, {}))
         weights = [get_weights(name)] if tag else list_weights(variant)
+        if tag and weights[0].config:  # a network of other classes or another size: `zoo info` counts it
+            entry = {"img_size": weights[0].preprocessing.img_size[0]}
         published = [metric for each in weights for metric in each.metrics]
         rows.append(
             {

@@ -259,7 +259,7 @@ class _Run:
             advice += ", or use train.precision='bf16'"
         return TrainingError(
             f"{what} at step {step} (epoch {step // self.steps_per_epoch + 1}), learning rate {learning_rate:.3g}; "
-            f"{kept}. To go on, {advice}."
+            f"{kept}. To go on, {advice}, in another --out."
         )
 
     def _finish_epoch(self, epoch: int) -> None:
