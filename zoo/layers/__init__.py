@@ -3,6 +3,8 @@
 from zoo.layers.attention_bias import AttentionBias, resize_bias_table
 from zoo.layers.conv_norm import ConvNorm, NormLinear, fold_norm, fuse_batch_norm, fuse_pairs
 from zoo.layers.drop import DropPath, drop_path_rates
+from zoo.layers.layer_scale import LayerScale, LayerScale2d, fold_layer_scale
+from zoo.layers.linear import TruncNormalLinear
 from zoo.layers.pool import GlobalPool
 from zoo.layers.squeeze_excite import SqueezeExcite, make_divisible
 
@@ -11,9 +13,13 @@ __all__ = [
     "ConvNorm",
     "DropPath",
     "GlobalPool",
+    "LayerScale",
+    "LayerScale2d",
     "NormLinear",
     "SqueezeExcite",
+    "TruncNormalLinear",
     "drop_path_rates",
+    "fold_layer_scale",
     "fold_norm",
     "fuse_batch_norm",
     "fuse_pairs",
