@@ -12,7 +12,7 @@ from torch import nn
 from zoo.config import ImageConfig, ModelConfig
 from zoo.errors import ConfigError
 from zoo.preprocessing import Preprocessing
-from zoo.pretrained.convert import convert_state_dict, is_zoo_layout
+from zoo.pretrained.convert import adapt_layout
 from zoo.pretrained.load import fetch, fit_state_dict, load_state_dict
 from zoo.pretrained.manifest import Weights, get_weights, list_weights
 from zoo.registry import family_name, family_of, get_config, get_family, split_name
@@ -121,10 +121,7 @@ def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device
     if device.type == "meta":
         raise ConfigError("device is 'meta', which holds no values; expected a real device to load weights.")
     family = get_family(family_name(variant))
-    state = load_state_dict(path, device)
-    if not is_zoo_layout(state, family):
-        state = convert_state_dict(state, variant)
-    fit_state_dict(model, state, family)
+    fit_state_dict(model, adapt_layout(load_state_dict(path, device), family, model), family)
     if device.type != "cpu":
         model.to(device)  # the buffers that are in no file, which are made on the CPU
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]

@@ -111,7 +111,7 @@ class Payload:
 def test_pickle_is_refused_and_not_run(zipped: bool, suffix: str, tmp_path: Path) -> None:
     file, ran = tmp_path / f"m0.{suffix}", tmp_path / "ran"
     torch.save({"model": Payload(ran)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match=r"a pickle.*expected safetensors.*convert_file") as raised:
+    with pytest.raises(WeightsError, match=r"a pickle.*expected safetensors.*zoo weights convert") as raised:
         zoo.create_model("efficientvit_m0", checkpoint=file)
     assert not ran.exists()
     assert "\n" not in str(raised.value)
@@ -319,3 +319,13 @@ def test_classifier_of_other_classes_is_logged(
     assert "head.linear has 1000 classes, the model 10" in record.getMessage()
     assert model.state_dict()["head.linear.weight"].shape == (10, 192)
     assert torch.equal(model.state_dict()["head.bn.weight"], state["head.bn.weight"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.zeros(3, 4, dtype=dtype)
+    tensor[1, 2] = value
+    save_safetensors({"fine": torch.ones(2), "empty": torch.ones(0), "bad": tensor}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"a\.safetensors: bad holds values that are NaN or infinite"):
+        load_state_dict(tmp_path / "a.safetensors")

@@ -3,7 +3,6 @@
 Every file is safetensors: reading one runs no code. A pickle is recognised by its content and refused.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -16,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zoo
-from zoo.errors import WeightsError
+from zoo.errors import WeightsError, reason
 from zoo.layers.init import reset_parameters
+from zoo.pretrained.files import sha256_of
 from zoo.pretrained.manifest import Weights
 from zoo.registry import Family
 
@@ -36,8 +36,7 @@ def fetch(weights: Weights) -> Path:
     if not path.is_file():
         raise WeightsError(f"{path}: missing, though {weights.name} should come with the package; reinstall it.")
     if weights.sha256:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
         if found != weights.sha256:
             raise WeightsError(
                 f"{path}: not the file that belongs to {weights.name}: its sha256 is {found}, expected "
@@ -73,20 +72,37 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dic
     """The tensors of a safetensors file by name, on ``device``.
 
     Raises:
-        WeightsError: If there is no such file, or it is damaged, or it is not safetensors; for a pickle, says how to
-            convert it.
+        WeightsError: If there is no such file, or it is damaged, or it is not safetensors, or not all of it is finite
+            numbers; for a pickle, says how to convert it.
     """
     path = Path(path)
     if is_pickle(path):
         raise WeightsError(
             f"{path}: a pickle, which can run any code when it is read; expected safetensors. If you trust where it "
-            "comes from, convert it once: zoo.pretrained.convert.convert_file(SOURCE, TARGET, MODEL_NAME)."
+            "comes from, convert it once: zoo weights convert SOURCE TARGET --model NAME."
         )
     try:
         # Read, not mapped: a model built on a mapping would change, or crash, with the file under it.
-        return load_file(path, device=str(device), backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file, perhaps a download cut short ({error}).") from error
+        state = load_file(path, device=str(device), backend="pread")
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise WeightsError(
+            f"{path}: not a whole safetensors file, perhaps a download cut short ({reason(error)})."
+        ) from error
+    check_finite(state, path)
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise when a tensor holds what is no number.
+
+    Raises:
+        WeightsError: Names the first such tensor.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor)  # one pass, and NaN goes through
+            if not (low.isfinite() and high.isfinite()):
+                raise WeightsError(f"{path}: {name} holds values that are NaN or infinite; the training diverged.")
 
 
 def is_pickle(path: Path) -> bool:
