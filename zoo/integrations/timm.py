@@ -139,5 +139,7 @@ def _default_cfgs(variant: str) -> dict[str, dict[str, Any] | PretrainedCfg]:
     for name in [weights.name for weights in list_weights(variant)] or [variant]:
         config = get_config(name)
         assert isinstance(config, ImageConfig)
-        cfgs[PREFIX + name] = factory.pretrained_cfg(name, config, _reductions(variant)[-1])
+        cfgs[PREFIX + name] = factory.pretrained_cfg(
+            variant, factory.described_by(name), config, _reductions(variant)[-1]
+        )
     return cfgs

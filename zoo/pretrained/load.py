@@ -1,4 +1,4 @@
-"""From a set of weights to a file, from a file to tensors, from tensors into a model.
+"""From a file to tensors, from tensors into a model.
 
 Every file is safetensors: reading one runs no code. A pickle is recognised by its content and refused.
 """
@@ -14,58 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import zoo
 from zoo.errors import WeightsError, reason
 from zoo.layers.init import reset_parameters
-from zoo.pretrained.files import sha256_of
-from zoo.pretrained.manifest import Weights
 from zoo.registry import Family
 
 _logger = logging.getLogger(__name__)
-
-
-def fetch(weights: Weights) -> Path:
-    """The local file of a set of weights, downloaded into huggingface_hub's cache unless it is packaged or cached.
-
-    ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` mean what they mean to huggingface_hub.
-
-    Raises:
-        WeightsError: If it cannot be had, or is not the file that the manifest describes.
-    """
-    path = weights.path if weights.packaged else _download(weights)
-    if not path.is_file():
-        raise WeightsError(f"{path}: missing, though {weights.name} should come with the package; reinstall it.")
-    if weights.sha256:
-        found = sha256_of(path)
-        if found != weights.sha256:
-            raise WeightsError(
-                f"{path}: not the file that belongs to {weights.name}: its sha256 is {found}, expected "
-                f"{weights.sha256}. Delete it, and it is fetched again."
-            )
-    return path
-
-
-def _download(weights: Weights) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
-
-    try:
-        path = hf_hub_download(
-            weights.hub,
-            weights.file,
-            revision=weights.revision,
-            library_name="zoo",
-            library_version=zoo.__version__,
-        )
-    # OSError: no network, a full disk, no such repository. HTTPError: a connection that broke half-way.
-    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
-        raise WeightsError(
-            f"Cannot fetch {weights.file} from the Hub repository {weights.hub} ({weights.revision}): {reason}. "
-            "Without a network, or with HF_HUB_OFFLINE=1, it must be in the cache already; or pass a local copy: "
-            f'create_model("{weights.model}", checkpoint=FILE).'
-        ) from error
-    return Path(path)
 
 
 def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
