@@ -14,6 +14,7 @@ import zoo
 from zoo.atomic import save_safetensors
 from zoo.errors import WeightsError
 from zoo.pretrained import manifest
+from zoo.pretrained.convert import to_authors
 from zoo.pretrained.fetch import fetch
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.registry import get_family
@@ -281,3 +282,30 @@ def test_weights_that_are_no_numbers_are_refused(value: float, dtype: torch.dtyp
     save_safetensors({"fine": torch.ones(2), "empty": torch.ones(0), "bad": tensor}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=r"a\.safetensors: bad holds values that are NaN or infinite"):
         load_state_dict(tmp_path / "a.safetensors")
+
+
+CONVERT = """
+from dataclasses import replace
+import zoo.pretrained.manifest as manifest
+from zoo.cli import main
+found = manifest._read
+manifest._read = lambda path: tuple(replace(entry, url=entry.url.replace("https://github.com", {endpoint!r}))
+                                    for entry in found(path))
+try:
+    main(["weights", "convert", "efficientvit_m0.authors"])
+except SystemExit as done:
+    assert not done.code
+model = zoo.create_model("efficientvit_m0.authors", pretrained=True)
+print("loaded", model.state_dict()["head.linear.weight"].double().sum().item())
+"""
+
+
+def test_the_authors_file_is_fetched_and_converted(
+    hub: Any, client: Any, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save({"model": to_authors(state, "efficientvit_m0")}, tmp_path / "m0.pth")
+    release = "/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/efficientvit_m0.pth"
+    hub.plain[release] = (tmp_path / "m0.pth").read_bytes()
+    out = client.run(CONVERT.format(endpoint=hub.endpoint))
+    assert out.endswith(f"loaded {state['head.linear.weight'].double().sum().item()}")
+    assert hub.downloads() == [release]

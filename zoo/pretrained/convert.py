@@ -208,9 +208,15 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def convert_file(
-    source: str | Path, target: str | Path, name: str, *, metadata: Mapping[str, str] | None = None, **overrides: Any
+    source: str | Path,
+    target: str | Path,
+    name: str,
+    *,
+    to: str = "zoo",
+    metadata: Mapping[str, str] | None = None,
+    **overrides: Any,
 ) -> Path:
-    """Convert a weight file, a pickle (``.pth``, ``.bin``) or safetensors, into safetensors under zoo's names.
+    """Convert a weight file, a pickle (``.pth``, ``.bin``) or safetensors of any known layout, into safetensors.
 
     A pickle is read with PyTorch's restricted reader: one that would run code is refused. The target is written
     whole or not at all; the hash of the source is kept in its header.
@@ -219,6 +225,7 @@ def convert_file(
         source: The file to read.
         target: The safetensors file to write; replaced if it exists.
         name: The model it belongs to, for example ``"efficientvit_m0"``, perhaps with the tag of these weights.
+        to: Whose parameter names the target has: ``"zoo"`` or ``"authors"``.
         metadata: Strings to keep in the header besides, for example a licence.
         **overrides: As for :func:`convert_state_dict`.
 
@@ -227,7 +234,7 @@ def convert_file(
 
     Raises:
         UnknownModelError: If there is no such model.
-        WeightsError: If the source is missing, damaged or unsafe, or not this model's.
+        WeightsError: If the source is missing, damaged, unsafe or not this model's, or there is no such layout.
         OSError: If the target cannot be written.
     """
     source, target = Path(source), Path(target)
@@ -235,6 +242,10 @@ def convert_file(
     # Cloned: tensors of a pickle may be views of one another, which safetensors does not store.
     tensors = {key: tensor.clone() for key, tensor in convert_state_dict(checkpoint, name, **overrides).items()}
     check_finite(tensors, source)
+    if to == "authors":
+        tensors = to_authors(tensors, name, **overrides)
+    elif to != "zoo":
+        raise WeightsError(f"to is {to!r}; expected 'zoo' or 'authors'.")
     model, tag = split_name(name)
     described = {"zoo_version": zoo.__version__, "model": model, "tag": tag, "source_sha256": sha256_of(source)}
     if config := {**tag_config(name), **overrides}:

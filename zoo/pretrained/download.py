@@ -129,7 +129,7 @@ def hub_reason(error: BaseException, repo: str) -> str:
     from huggingface_hub import errors
 
     # The client reports "not in the cache" and "damaged", and tells in the cause why it could not look elsewhere.
-    while isinstance(error, errors.LocalEntryNotFoundError | ValueError) and error.__cause__ is not None:
+    while isinstance(error, errors.LocalEntryNotFoundError | ValueError | RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     log_in = "log in (`hf auth login`) or set HF_TOKEN"
@@ -147,7 +147,7 @@ def hub_reason(error: BaseException, repo: str) -> str:
     if status in (401, 403):
         return f"access is refused ({status}). Check the token's rights, or {log_in}"
     if status is not None:
-        return f"the server answers {status}, and did so {ATTEMPTS} times. Try again later"
+        return f"the server answers {status}. Try again later"
     if _is_disk_full(error):
         return f"the disk is full. What was there is kept; free some space, or set HF_HOME ({reason(error)})"
     return f"{reason(error)}. {local}"

@@ -72,3 +72,22 @@ def cached_file(weights: Weights) -> Path | None:
     else:
         path = weights.path
     return path if path.is_file() else None
+
+
+def remove_cached(weights: Weights) -> None:
+    """Remove from the cache what :func:`fetch` put there for these weights; of a Hub repository, every revision.
+
+    Raises:
+        WeightsError: If nothing of it is there.
+    """
+    path = cached_file(weights)
+    if weights.packaged or path is None:
+        raise WeightsError(f"{weights.name} is not in the cache.")
+    if weights.hub and not weights.pickled:
+        from huggingface_hub import scan_cache_dir
+
+        found = scan_cache_dir()
+        revisions = [each.commit_hash for repo in found.repos if repo.repo_id == weights.hub for each in repo.revisions]
+        found.delete_revisions(*revisions).execute()
+    else:
+        path.unlink()

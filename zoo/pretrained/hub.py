@@ -125,7 +125,6 @@ def _card(weights: Weights, family: Family, licence: str, repo: str, params: int
             dataset_name=metric.dataset,
             metric_type="accuracy",
             metric_value=metric.top1,
-            source_name=metric.source,
         )
         for metric in weights.metrics[:1]
     ]

@@ -32,7 +32,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dic
     if is_pickle(path):
         raise WeightsError(
             f"{path}: a pickle, which can run any code when it is read; expected safetensors. If you trust where it "
-            "comes from, convert it once: zoo weights convert SOURCE TARGET --model NAME."
+            "comes from, convert it once: zoo weights convert MODEL --source FILE --out FILE.safetensors"
         )
     try:
         # Read, not mapped: a model built on a mapping would change, or crash, with the file under it.
