@@ -40,7 +40,11 @@ def weights_table() -> str:
 
 
 def _place(entry: Weights) -> str:
-    return "the package" if entry.packaged else f"Hub: `{entry.hub}`"
+    if entry.packaged:
+        return "the package"
+    if entry.hub:
+        return f"Hub: `{entry.hub}`" + (", to convert" if entry.pickled else "")
+    return f"[{entry.file}]({entry.url}), to convert" if entry.url else f"[by hand]({entry.page}), to convert"
 
 
 def rendered(text: str) -> str:

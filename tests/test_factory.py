@@ -100,7 +100,7 @@ def test_overrides_reach_the_config_and_none_is_dropped() -> None:
     "name, options, error, message",
     [
         ("efficientvit_n4", {}, UnknownModelError, "Unknown model 'efficientvit_n4'. Did you mean: efficientvit_m4"),
-        ("weights/m0.safetensors", {}, UnknownModelError, "checkpoint=PATH"),
+        ("weights/m0.pth", {}, UnknownModelError, "checkpoint=PATH"),
         (f"{M0}.r225_in1k", {"pretrained": True}, WeightsError, "no weights tagged 'r225_in1k'; it has: r224_in1k"),
         (f"{M0}.r225_in1k", {}, WeightsError, "it has: r224_in1k"),
         (M0, {"drop_path": 0.1}, ConfigError, "no field 'drop_path'. Did you mean: drop_path_rate"),

@@ -12,9 +12,11 @@ from torch import nn
 from zoo.config import ImageConfig, ModelConfig
 from zoo.errors import ConfigError
 from zoo.preprocessing import Preprocessing
-from zoo.pretrained.convert import convert_state_dict, is_zoo_layout
-from zoo.pretrained.load import fetch, fit_state_dict, load_state_dict
+from zoo.pretrained.convert import adapt_layout
+from zoo.pretrained.fetch import fetch
+from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.pretrained.manifest import Weights, get_weights, list_weights
+from zoo.pretrained.source import find_weights, is_source, weights_file
 from zoo.registry import family_name, family_of, get_config, get_family, split_name
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def build(
 
 def create_model(
     name: str,
-    pretrained: bool = False,
+    pretrained: bool | None = None,
     *,
     checkpoint: str | Path | None = None,
     num_classes: int | None = None,
@@ -65,9 +67,13 @@ def create_model(
 
     Args:
         name: A variant (``"efficientvit_m5"``), or with a tag of its weights (``"efficientvit_m5.r224_in1k"``), whose
-            config then applies even without loading them.
-        pretrained: Load the weights of the tag, or the model's default ones; fetched from the Hub where need be.
-        checkpoint: Load this safetensors file instead, under zoo's, timm's or the authors' parameter names.
+            config then applies even without loading them. Or a place where weights lie with their description:
+            ``"hf-hub:owner/name"``, ``"hf-hub:owner/name@revision"``, ``"local-dir:FOLDER"``, ``"FILE.safetensors"``,
+            ``"https://host/FILE.safetensors#sha256=..."``.
+        pretrained: Load the weights of the tag, or the model's default ones; fetched from the Hub where need be. None
+            is False for a variant or tag, and True for a place.
+        checkpoint: Load this safetensors file instead, under zoo's, timm's or the authors' parameter names. It may lie
+            in any of the places above.
         num_classes: Classes of the classifier, 0 for none: pooled features ``[B, C]``. Where it differs from the
             file's, the classifier is initialised anew, with a warning in the log.
         in_chans: Channels of the input; where it differs from the file's, the first convolution is adapted.
@@ -89,6 +95,9 @@ def create_model(
         >>> backbone = zoo.create_model("efficientvit_m0", pretrained=True, features_only=True, out_indices=(1, 2))
         >>> model = zoo.create_model("efficientvit_m0", checkpoint="finetuned.safetensors", num_classes=37)
     """
+    outside = is_source(name)
+    if pretrained is None:
+        pretrained = outside and checkpoint is None
     if pretrained and checkpoint is not None:
         raise ConfigError("Both pretrained=True and checkpoint are given; expected one source of weights.")
     if out_indices is not None and not features_only:
@@ -96,9 +105,9 @@ def create_model(
     if features_only and num_classes is not None:
         _logger.warning("num_classes=%d has no effect with features_only=True", num_classes)
 
-    variant, _ = split_name(name)
-    weights = get_weights(name) if pretrained else None
-    config = get_config(weights.name if weights else name)
+    weights = find_weights(name) if outside or pretrained else None
+    config = weights.model_config if weights else get_config(name)
+    variant = weights.model if weights else split_name(name)[0]
     overrides |= {"num_classes": num_classes, "img_size": img_size, "drop_path_rate": drop_path_rate}
     if in_chans != 3:  # the default leaves weights for other inputs as they are
         overrides["in_chans"] = in_chans
@@ -106,12 +115,18 @@ def create_model(
         overrides |= {"num_classes": 0, "global_pool": ""}
     config = config.override(**{field: value for field, value in overrides.items() if value is not None})
 
-    source = fetch(weights) if weights is not None else checkpoint
+    source = None
+    if checkpoint is not None:
+        source = weights_file(checkpoint)
+    elif pretrained and weights is not None:
+        source = fetch(weights)
     model: Any = build(config, device=device if source is None else "meta", dtype=dtype)
     if isinstance(config, ImageConfig):
-        model.pretrained_cfg = model.default_cfg = pretrained_cfg(name, config, model.feature_info[-1]["reduction"])
+        described = weights or described_by(name)
+        reduction = model.feature_info[-1]["reduction"]
+        model.pretrained_cfg = model.default_cfg = pretrained_cfg(variant, described, config, reduction)
     if source is not None:
-        _fill(model, Path(source), variant, device)
+        _fill(model, source, variant, device)
     return _feature_net(model, out_indices) if features_only else model
 
 
@@ -121,10 +136,7 @@ def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device
     if device.type == "meta":
         raise ConfigError("device is 'meta', which holds no values; expected a real device to load weights.")
     family = get_family(family_name(variant))
-    state = load_state_dict(path, device)
-    if not is_zoo_layout(state, family):
-        state = convert_state_dict(state, variant)
-    fit_state_dict(model, state, family)
+    fit_state_dict(model, adapt_layout(load_state_dict(path, device), family, model), family)
     if device.type != "cpu":
         model.to(device)  # the buffers that are in no file, which are made on the CPU
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
@@ -143,25 +155,30 @@ def _feature_net(model: Any, out_indices: int | Sequence[int] | None) -> nn.Modu
     return net
 
 
-def pretrained_cfg(name: str, config: ImageConfig, reduction: int) -> dict[str, Any]:
+def described_by(name: str) -> Weights | None:
+    """The weights whose preprocessing and classes describe a model: of its tag, else its default ones, if any."""
+    variant, tag = split_name(name)
+    return get_weights(name) if tag else next(iter(list_weights(variant)), None)
+
+
+def pretrained_cfg(variant: str, weights: Weights | None, config: ImageConfig, reduction: int) -> dict[str, Any]:
     """timm's description of a model: what goes in, how pictures become that, and what the classifier says.
 
     Args:
-        name: The variant, with the tag of its weights or without (its default ones, if there are any, then count).
+        variant: The model.
+        weights: The weights that describe it, loaded or not; None when there are none.
         config: The config it was built from.
         reduction: Stride of the model's last feature level, which tells the size of the map that is pooled.
 
     Returns:
         What ``timm.models.PretrainedCfg(...).to_dict()`` returns for it.
     """
-    variant, tag = split_name(name)
-    weights = get_weights(name) if tag else next(iter(list_weights(variant)), None)
     family = get_family(family_name(variant))
     preprocessing, classes = Preprocessing(img_size=config.input_hw), config.num_classes
     described: dict[str, Any] = {"architecture": variant}
     if weights is not None:
         described |= {"tag": weights.tag, "license": weights.licence, **_source(weights)}
-        trained = get_config(weights.name)
+        trained = weights.model_config
         assert isinstance(trained, ImageConfig)
         preprocessing = weights.preprocessing
         if config.input_hw != trained.input_hw:
@@ -189,6 +206,10 @@ def pretrained_cfg(name: str, config: ImageConfig, reduction: int) -> dict[str, 
 
 
 def _source(weights: Weights) -> dict[str, Any]:
+    if weights.pickled:
+        return {}  # converted once before it is loaded, which timm cannot know
+    if weights.url:
+        return {"url": weights.url}
     if weights.packaged:
         return {"file": str(weights.path)}
     return {"hf_hub_id": f"{weights.hub}@{weights.revision}", "hf_hub_filename": weights.file}

@@ -14,7 +14,7 @@ from zoo.errors import ConfigError, WeightsError, reason
 from zoo.factory import build, create_model
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.load import fit_state_dict, load_state_dict
-from zoo.pretrained.manifest import get_weights
+from zoo.pretrained.source import find_weights, is_source
 from zoo.registry import family_of
 from zoo.train.run_folder import ModelRecord, RunFolder
 
@@ -63,7 +63,9 @@ def _open(picture: str | Path | Image.Image) -> Image.Image:
 
 
 def load_classifier(model: str | Path, *, device: str | torch.device | None = None) -> Classifier:
-    """A classifier from a model's name (its default weights, or ``name.tag``) or from a run folder.
+    """A classifier from a model's name (its default weights, or ``name.tag``), from a run folder, or from anywhere.
+
+    Anywhere is what :func:`zoo.create_model` takes for a name, such as ``"hf-hub:owner/name"``.
 
     Raises:
         UnknownModelError, WeightsError: If there is no such model, folder, or file.
@@ -72,10 +74,10 @@ def load_classifier(model: str | Path, *, device: str | torch.device | None = No
     _check_device(device)
     if Path(model).is_dir():
         return load_run(model, device=device)
-    if not isinstance(model, str) or len(Path(model).parts) > 1:
+    if not is_source(model) and (not isinstance(model, str) or len(Path(model).parts) > 1):
         raise WeightsError(f"No run folder {str(model)!r}; expected one, or the name of a model (`zoo list`).")
-    weights = get_weights(model)
-    network = create_model(weights.name, pretrained=True, device=device).eval()
+    weights = find_weights(model)
+    network = create_model(str(model), pretrained=True, device=device).eval()
     return Classifier(network, weights.preprocessing, class_names(weights.labels))
 
 

@@ -36,6 +36,7 @@ class Family:
         first_conv: Parameter prefix of the input layer, which other input channels replace.
         classifier: Parameter prefixes of the classifier, which another class count replaces.
         weights: A weights manifest that another package brings; zoo's own are in ``weights/``.
+        converter: Likewise its rules for the authors' parameter names; zoo's own are in ``pretrained/converters/``.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Family:
         first_conv: str = "",
         classifier: str | tuple[str, ...] = "",
         weights: Path | None = None,
+        converter: Path | None = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -64,6 +66,7 @@ class Family:
         self.first_conv = first_conv
         self.classifiers = (classifier,) if isinstance(classifier, str) else classifier
         self.weights = weights
+        self.converter = converter
         self.variants: dict[str, Callable[[], ModelConfig]] = {}
 
     def variant(self, function: _ConfigFunction) -> _ConfigFunction:

@@ -2,11 +2,7 @@
 
 import hashlib
 import logging
-import os
-import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,11 @@ import zoo
 from zoo.atomic import save_safetensors
 from zoo.errors import WeightsError
 from zoo.pretrained import manifest
-from zoo.pretrained.load import fetch, fit_state_dict, load_state_dict
+from zoo.pretrained.convert import to_authors
+from zoo.pretrained.fetch import fetch
+from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.registry import get_family
 
-ROOT = Path(__file__).parents[2]
 REPO = "timm/efficientvit_m0.r224_in1k"
 
 
@@ -111,7 +108,7 @@ class Payload:
 def test_pickle_is_refused_and_not_run(zipped: bool, suffix: str, tmp_path: Path) -> None:
     file, ran = tmp_path / f"m0.{suffix}", tmp_path / "ran"
     torch.save({"model": Payload(ran)}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightsError, match=r"a pickle.*expected safetensors.*convert_file") as raised:
+    with pytest.raises(WeightsError, match=r"a pickle.*expected safetensors.*zoo weights convert") as raised:
         zoo.create_model("efficientvit_m0", checkpoint=file)
     assert not ran.exists()
     assert "\n" not in str(raised.value)
@@ -221,72 +218,25 @@ def test_packaged_file_that_is_not_there(file: Path, monkeypatch: pytest.MonkeyP
         fetch(weights)
 
 
-def run(code: str, home: Path, endpoint: str = "", offline: str = "0") -> subprocess.CompletedProcess[str]:
-    """Run Python with huggingface_hub's settings, which it reads once at import."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline, "no_proxy": "127.0.0.1"}
-    if endpoint:
-        environment["HF_ENDPOINT"] = endpoint
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        timeout=120,
-        check=False,
-    )
-
-
 CREATE = """
-import torch, zoo
+import torch
 torch.set_num_threads(1)
-try:
-    model = zoo.create_model("efficientvit_m0", pretrained=True)
-    print("loaded", model.state_dict()["head.linear.weight"].double().sum().item())
-except zoo.WeightsError as error:
-    print("refused", error)
+model = zoo.create_model("efficientvit_m0", pretrained=True)
+print("loaded", model.state_dict()["head.linear.weight"].double().sum().item())
 """
 
 
-def test_download_end_to_end(hub: Any, file: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
-    hub.files[f"{REPO}/model.safetensors"] = file
+def test_download_end_to_end(hub: Any, client: Any, file: Path, state: dict[str, Tensor]) -> None:
+    hub.add(REPO, {"model.safetensors": file.read_bytes()})
     expected = f"loaded {state['head.linear.weight'].double().sum().item()}"
-
-    cold = run(CREATE, tmp_path / "home", hub.endpoint)
-    assert cold.stdout.strip() == expected, cold.stderr
-    downloads = [request for request in hub.requests if request[0] == "GET" and "/resolve/" in request[1]]
-    assert [path for _, path, _ in downloads] == [f"/{REPO}/resolve/main/model.safetensors"]
-    assert all(f"zoo/{zoo.__version__}" in agent for _, _, agent in downloads)
-
-    warm = run(CREATE, tmp_path / "home", hub.endpoint)
-    assert warm.stdout.strip() == expected, warm.stderr
-    assert [request for request in hub.requests if request[0] == "GET" and "/resolve/" in request[1]] == downloads
-
-    offline = run(CREATE, tmp_path / "home", hub.endpoint, offline="1")
-    assert offline.stdout.strip() == expected, offline.stderr
+    assert client.run(CREATE) == expected
+    assert hub.downloads() == [f"/{REPO}/resolve/main/model.safetensors"]
+    assert client.run(CREATE, HF_HUB_OFFLINE="1") == expected
 
 
-def test_download_with_another_hash(hub: Any, file: Path, tmp_path: Path) -> None:
-    hub.files[f"{REPO}/model.safetensors"] = file
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    shutil.copy(ROOT / "weights" / "efficientvit.toml", weights)
-    text = (weights / "efficientvit.toml").read_text()
-    hashed = text.replace(f'hub = "{REPO}"', f'hub = "{REPO}"\nsha256 = "{"0" * 64}"')
-    assert hashed != text
-    (weights / "efficientvit.toml").write_text(hashed)
-    patch = (
-        f"from pathlib import Path; import zoo.pretrained.manifest as m; m.folder = lambda _: Path({str(weights)!r})"
-    )
-    done = run(patch + CREATE, tmp_path / "home", hub.endpoint)
-    assert done.stdout.startswith("refused"), done.stderr
-    assert "its sha256 is" in done.stdout
-
-
-def test_download_of_a_truncated_file(hub: Any, file: Path, tmp_path: Path) -> None:
-    hub.files[f"{REPO}/model.safetensors"] = damage(file, "truncated")
-    done = run(CREATE, tmp_path / "home", hub.endpoint)
-    assert "not a whole safetensors file" in done.stdout, done.stderr
+def test_download_of_a_truncated_file(hub: Any, client: Any, file: Path) -> None:
+    hub.add(REPO, {"model.safetensors": damage(file, "truncated").read_bytes()})
+    assert "not a whole safetensors file" in client.run(CREATE)
 
 
 def closed_port() -> str:
@@ -296,17 +246,20 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-@pytest.mark.parametrize(
-    "cause",
-    ["offline", pytest.param("closed port", marks=pytest.mark.slow), "no such repository"],  # the client tries 6 times
-)
-def test_no_download_says_what_to_do(cause: str, hub: Any, tmp_path: Path) -> None:
-    endpoint = closed_port() if cause == "closed port" else hub.endpoint
-    done = run(CREATE, tmp_path / "home", endpoint, offline="1" if cause == "offline" else "0")
-    assert done.stdout.startswith("refused"), done.stderr
-    assert done.stdout.count("\n") == 1
-    for part in (REPO, "model.safetensors", "HF_HUB_OFFLINE", "checkpoint=FILE"):
-        assert part in done.stdout
+@pytest.mark.parametrize("cause", ["offline", "closed port", "no such repository"])
+def test_no_download_says_what_to_do(cause: str, hub: Any, client: Any) -> None:
+    if cause == "closed port":
+        hub.endpoint = closed_port()
+    out = client.run(CREATE, HF_HUB_OFFLINE="1" if cause == "offline" else "0")
+    assert out.startswith("refused")
+    assert "\n" not in out
+    advice = {
+        "offline": ("HF_HUB_OFFLINE is set", "checkpoint=FILE"),
+        "closed port": ("Without a network", "checkpoint=FILE"),
+        "no such repository": ("there is no such repository, or it is private", "hf auth login", "HF_TOKEN"),
+    }
+    for part in (REPO, "model.safetensors", *advice[cause]):
+        assert part in out
 
 
 def test_classifier_of_other_classes_is_logged(
@@ -319,3 +272,40 @@ def test_classifier_of_other_classes_is_logged(
     assert "head.linear has 1000 classes, the model 10" in record.getMessage()
     assert model.state_dict()["head.linear.weight"].shape == (10, 192)
     assert torch.equal(model.state_dict()["head.bn.weight"], state["head.bn.weight"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensor = torch.zeros(3, 4, dtype=dtype)
+    tensor[1, 2] = value
+    save_safetensors({"fine": torch.ones(2), "empty": torch.ones(0), "bad": tensor}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=r"a\.safetensors: bad holds values that are NaN or infinite"):
+        load_state_dict(tmp_path / "a.safetensors")
+
+
+CONVERT = """
+from dataclasses import replace
+import zoo.pretrained.manifest as manifest
+from zoo.cli import main
+found = manifest._read
+manifest._read = lambda path: tuple(replace(entry, url=entry.url.replace("https://github.com", {endpoint!r}))
+                                    for entry in found(path))
+try:
+    main(["weights", "convert", "efficientvit_m0.authors"])
+except SystemExit as done:
+    assert not done.code
+model = zoo.create_model("efficientvit_m0.authors", pretrained=True)
+print("loaded", model.state_dict()["head.linear.weight"].double().sum().item())
+"""
+
+
+def test_the_authors_file_is_fetched_and_converted(
+    hub: Any, client: Any, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save({"model": to_authors(state, "efficientvit_m0")}, tmp_path / "m0.pth")
+    release = "/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/efficientvit_m0.pth"
+    hub.plain[release] = (tmp_path / "m0.pth").read_bytes()
+    out = client.run(CONVERT.format(endpoint=hub.endpoint))
+    assert out.endswith(f"loaded {state['head.linear.weight'].double().sum().item()}")
+    assert hub.downloads() == [release]

@@ -8,7 +8,7 @@ import typer
 
 def predict(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
-    model: Annotated[str, typer.Option(help="A model with weights, model.tag, or a run folder.")],
+    model: Annotated[str, typer.Option(help="A model with weights, model.tag, a run folder, or hf-hub:owner/name.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     device: Annotated[str | None, typer.Option(help="For example cpu or cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -31,7 +31,7 @@ from torch import nn
 from zoo import factory
 from zoo.config import ImageConfig
 from zoo.errors import ConfigError, nearest
-from zoo.pretrained.convert import convert_state_dict, is_zoo_layout
+from zoo.pretrained.convert import adapt_layout
 from zoo.pretrained.manifest import list_weights
 from zoo.registry import family_name, get_config, get_family, index, list_models
 
@@ -63,6 +63,8 @@ def register() -> list[str]:
 
 
 def _entrypoint(variant: str) -> Callable[..., nn.Module]:
+    family = get_family(family_name(variant))
+
     def create(
         pretrained: bool = False,
         pretrained_cfg: Any = None,
@@ -76,7 +78,7 @@ def _entrypoint(variant: str) -> Callable[..., nn.Module]:
             PREFIX + variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
-            pretrained_filter_fn=lambda state_dict, _: _to_zoo_layout(state_dict, variant),
+            pretrained_filter_fn=lambda state_dict, model: adapt_layout(state_dict, family, model),
             feature_cfg={**features, **(feature_cfg or {})},
             # What a tag's weights need (their classes, their resolution) is a default that the caller may change.
             **{**_tag_config(variant, pretrained_cfg), **kwargs},
@@ -111,11 +113,6 @@ def _build(
     return model if device is None else model.to(device)
 
 
-def _to_zoo_layout(state_dict: Mapping[str, Any], variant: str) -> Mapping[str, Any]:
-    family = get_family(family_name(variant))
-    return state_dict if is_zoo_layout(state_dict, family) else convert_state_dict(state_dict, variant)
-
-
 @cache
 def _reductions(variant: str) -> tuple[int, ...]:
     """Stride of each feature level."""
@@ -142,5 +139,7 @@ def _default_cfgs(variant: str) -> dict[str, dict[str, Any] | PretrainedCfg]:
     for name in [weights.name for weights in list_weights(variant)] or [variant]:
         config = get_config(name)
         assert isinstance(config, ImageConfig)
-        cfgs[PREFIX + name] = factory.pretrained_cfg(name, config, _reductions(variant)[-1])
+        cfgs[PREFIX + name] = factory.pretrained_cfg(
+            variant, factory.described_by(name), config, _reductions(variant)[-1]
+        )
     return cfgs

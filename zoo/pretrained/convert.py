@@ -4,9 +4,10 @@
 """
 
 import argparse
-import hashlib
+import json
 import re
 import tomllib
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,59 +16,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import zoo
 from zoo.atomic import save_safetensors
 from zoo.config import ModelConfig
-from zoo.errors import WeightsError
-from zoo.pretrained.load import is_pickle, listed, load_state_dict
+from zoo.errors import WeightsError, reason
+from zoo.pretrained.files import sha256_of
+from zoo.pretrained.load import check_finite, is_pickle, listed, load_state_dict
+from zoo.pretrained.manifest import get_weights
 from zoo.registry import Family, family_name, get_config, get_family, split_name
 
 # Where training scripts keep the state dict; averaged weights, which are the published ones, first.
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "module")
+
+# What DataParallel and averaged models, and torch.compile, put in front of every name.
+PREFIXES = ("module.", "_orig_mod.")
 
 _RULES = Path(__file__).with_name("converters")
 _INDEX = re.compile(r"\{(\w+)(?:\+(\d+))?\}")
 _CONFIG_NUMBER = re.compile(r"\{(\w+)\.(\d+)(?:\+(\d+))?\}")
 
 
-def convert_state_dict(state_dict: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+def convert_state_dict(state_dict: Mapping[str, Any], name: str, **overrides: Any) -> dict[str, Tensor]:
     """A state dict under zoo's parameter names, whichever known layout it comes in.
 
-    A state dict of zoo or timm is returned as it is, but for what zoo's modules compute. One of the authors' code is
-    renamed; trailing dimensions of size 1 are added or removed, as in 1x1 convolutions stored as matrices. A training
-    checkpoint is unwrapped first (averaged weights where it has both), and the prefix of ``DataParallel`` removed.
+    The layouts are zoo's, timm's (the same names), and that of the authors' code, which is renamed; trailing
+    dimensions of size 1 are added or removed, as in 1x1 convolutions stored as matrices. A training checkpoint is
+    unwrapped first (averaged weights where it has both), and the prefixes of ``DataParallel`` and ``torch.compile``
+    removed. Where every batch norm was folded into the layer beside it, identities take their places, so that the
+    outputs stay the same.
 
     Args:
         state_dict: Tensors by name, or a checkpoint that holds them under ``"model"``, ``"state_dict"``, ...
-        name: The model they belong to, for example ``"efficientvit_m0"``.
+        name: The model they belong to, for example ``"efficientvit_m0"``; with a tag, as its weights need it.
+        **overrides: Fields of the config in which the model differs from that, for example ``num_classes=10``.
 
     Raises:
         UnknownModelError: If there is no such model.
-        WeightsError: If there is no state dict in it, or a key is not accounted for on either side.
+        ConfigError: If an override is not a field of the config.
+        WeightsError: If there is no state dict in it, a key is not accounted for on either side, or a shape differs.
     """
     state = unwrap(state_dict)
-    family, model = _blueprint(name)
+    family, model = _blueprint(name, overrides)
     own = model.state_dict()
-    converter = _converter(family, model.config)
-    if converter is None or is_zoo_layout(state, family):
-        if converter is not None:
-            state = {key: tensor for key, tensor in state.items() if not converter.is_computed(key)}
-        _check_complete(state, own, name)
-        return state
-    renamed = {key: converter.to_zoo(key) for key in state if not converter.is_computed(key)}
-    unknown = [key for key, new in renamed.items() if new not in own]
-    missing = own.keys() - renamed.values()
+    found = _recognise(state, family, model)
+    unknown = [*found.unknown, *(found.origin.get(key, key) for key in found.state if key not in own)]
+    missing = [key for key in own if key not in found.state]
     if unknown or missing:
         raise WeightsError(
-            f"Not a state dict of the authors' {name}: {listed(unknown)} unknown, "
-            f"{listed(key for key in own if key in missing)} missing."
+            f"Not a state dict of {found.owner}{name}: {listed(unknown)} unknown, {listed(missing)} missing."
         )
-    return {new: _fit_trailing_ones(state[key], own[new]) for key, new in renamed.items() if new is not None}
+    for key, tensor in found.state.items():
+        if tensor.shape != own[key].shape:
+            raise WeightsError(
+                f"Not a state dict of {found.owner}{name}: {found.origin.get(key, key)} is {list(tensor.shape)}, "
+                f"expected {list(own[key].shape)}. A model of other classes or another size needs its config fields, "
+                "for example num_classes=10."
+            )
+    return found.state
 
 
-def to_authors(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def adapt_layout(state_dict: Mapping[str, Tensor], family: Family, model: nn.Module) -> dict[str, Tensor]:
+    """As :func:`convert_state_dict`, for a model of perhaps other classes, channels or size: its loader checks shapes.
+
+    Args:
+        state_dict: Tensors by name.
+        family: The model's family.
+        model: The model, which may be on the meta device.
+
+    Raises:
+        WeightsError: If it is the authors' layout, but for some keys.
+    """
+    found = _recognise(state_dict, family, model)
+    if found.unknown:
+        raise WeightsError(f"Not a state dict of {found.owner}{family.title}: {listed(found.unknown)} unknown.")
+    return found.state
+
+
+def to_authors(state_dict: Mapping[str, Tensor], name: str, **overrides: Any) -> dict[str, Tensor]:
     """The inverse of :func:`convert_state_dict`: zoo's names to those of the authors' code, which loads the result.
 
     Raises:
@@ -75,56 +103,120 @@ def to_authors(state_dict: Mapping[str, Tensor], name: str) -> dict[str, Tensor]
         WeightsError: If a key is not one of the model's, one of the model's is missing, or the family has no other
             layout.
     """
-    family, model = _blueprint(name)
+    family, model = _blueprint(name, overrides)
     converter = _converter(family, model.config)
     if converter is None:
         raise WeightsError(f"{name}: the {family.name} family has no other layout than zoo's.")
     own = model.state_dict()
-    _check_complete(state_dict, own, name)
+    unknown = [key for key in state_dict if key not in own]
+    missing = [key for key in own if key not in state_dict]
+    if unknown or missing:
+        raise WeightsError(f"Not a state dict of {name}: {listed(unknown)} unknown, {listed(missing)} missing.")
+    # What zoo computes, in buffers that are in no file, the authors' files have.
     computed = {key: buffer for key, buffer in model.named_buffers() if key not in own}
-    renamed = {key: converter.to_authors(key) for key in [*state_dict, *computed]}
-    unknown = [key for key in state_dict if renamed[key] is None]
+    renamed, origin, unknown = converter.to_authors.apply({**state_dict, **computed}, {})
+    unknown = [key for key in unknown if key in own]
     if unknown:
         raise WeightsError(f"The authors' layout of {name} has no place for {listed(unknown)}.")
     return {
-        new: converter.with_trailing_ones(new, state_dict[key] if key in state_dict else computed[key])
-        for key, new in renamed.items()
-        if new is not None and (key in state_dict or converter.is_computed(new))
+        key: converter.reshaped(key, tensor)
+        for key, tensor in renamed.items()
+        if origin[key] not in computed or converter.is_computed(key)
     }
 
 
-def is_zoo_layout(state: Iterable[str], family: Family) -> bool:
-    """Whether these are zoo's parameter names; the first that only one of the two layouts has decides."""
-    converter = _converter(family)
-    if converter is None:
-        return True
-    for key in state:
-        ours, theirs = converter.to_authors(key) is not None, converter.to_zoo(key) is not None
-        if ours != theirs:
-            return ours
-    return True
+@dataclass(frozen=True)
+class _Recognised:
+    """A state dict under zoo's names, as far as its keys could be placed."""
+
+    state: dict[str, Tensor]
+    owner: str  # "the authors' " when it is in their layout
+    origin: Mapping[str, str]  # zoo's name -> the name it came under, where they differ
+    unknown: list[str]
+
+
+def _recognise(state: Mapping[str, Tensor], family: Family, model: nn.Module) -> _Recognised:
+    """Find out which layout this is, and bring it into zoo's."""
+    converter = _converter(family, model.config)  # type: ignore[arg-type]
+    if converter is not None:
+        state = {key: tensor for key, tensor in state.items() if not converter.is_computed(key)}
+    if converter is None or converter.is_zoo_layout(state):
+        return _Recognised(_unfold_batch_norms(dict(state), model), "", {}, [])
+    own = model.state_dict()
+    permuted = {key: converter.permuted(key, tensor) for key, tensor in state.items()}
+    renamed, origin, unknown = converter.to_zoo.apply(permuted, {key: tensor.shape for key, tensor in own.items()})
+    unfolded = _unfold_batch_norms(renamed, model)
+    fitted = {key: _fit_trailing_ones(tensor, own[key]) if key in own else tensor for key, tensor in unfolded.items()}
+    return _Recognised(fitted, "the authors' ", origin, unknown)
+
+
+def _unfold_batch_norms(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Put identities in the places of batch norms that are missing because they were folded, each into its neighbour.
+
+    Two ways of folding are known: the layer that does both stands under the name of the pair, or under its own, with a
+    bias that it did not have. Only a state dict without any batch norm is taken for one of these.
+    """
+    norms = {path for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if not norms or any(f"{path}.running_var" in state for path in norms):
+        return state
+    own = model.state_dict()
+    layer = ""  # the last convolution or linear layer before the norm
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layer = path
+        if path not in norms:
+            continue
+        pair = path.rpartition(".")[0]
+        if f"{pair}.weight" in state:
+            members = model.get_submodule(pair).named_children()
+            layers = [name for name, member in members if isinstance(member, nn.Conv2d | nn.Linear)]
+            layer = f"{pair}.{layers[0]}" if layers else layer
+            for entry in ("weight", "bias"):
+                if f"{pair}.{entry}" in state:
+                    state[f"{layer}.{entry}"] = state.pop(f"{pair}.{entry}")
+        added = f"{layer}.bias" in state and f"{layer}.bias" not in own
+        channels, eps = module.num_features, module.eps  # type: ignore[union-attr]
+        identity = {
+            "weight": torch.ones(channels),
+            "bias": state.pop(f"{layer}.bias") if added else torch.zeros(channels),
+            "running_mean": torch.zeros(channels),
+            "running_var": torch.full((channels,), 1.0 - eps),  # plus eps it is 1, exactly in float32
+            "num_batches_tracked": torch.zeros((), dtype=torch.int64),
+        }
+        state |= {f"{path}.{entry}": tensor for entry, tensor in identity.items() if f"{path}.{entry}" in own}
+    return state
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict inside a training checkpoint, or the state dict itself, without ``module.`` prefixes.
+    """The state dict inside a training checkpoint, or the state dict itself, without the prefixes of wrapped modules.
 
     Raises:
         WeightsError: If there is none.
     """
     state: Any = checkpoint
-    for wrapper in WRAPPERS:
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
-            state = checkpoint[wrapper]
+    while isinstance(state, Mapping):
+        inside = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping) and state[key]), None)
+        if inside is None:
             break
+        state = inside
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"No state dict: expected tensors by name, perhaps under {', '.join(WRAPPERS)}.")
-    while all(key.startswith("module.") for key in state):  # one for each wrapper
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    return dict(state)
+    state = {key: tensor for key, tensor in state.items() if key != "n_averaged"}  # torch's AveragedModel counts
+    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), ""):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    return state
 
 
-def convert_file(source: str | Path, target: str | Path, name: str) -> Path:
-    """Convert a weight file, a pickle (``.pth``, ``.bin``) or safetensors, into safetensors under zoo's names.
+def convert_file(
+    source: str | Path,
+    target: str | Path,
+    name: str,
+    *,
+    to: str = "zoo",
+    metadata: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> Path:
+    """Convert a weight file, a pickle (``.pth``, ``.bin``) or safetensors of any known layout, into safetensors.
 
     A pickle is read with PyTorch's restricted reader: one that would run code is refused. The target is written
     whole or not at all; the hash of the source is kept in its header.
@@ -132,50 +224,89 @@ def convert_file(source: str | Path, target: str | Path, name: str) -> Path:
     Args:
         source: The file to read.
         target: The safetensors file to write; replaced if it exists.
-        name: The model it belongs to, for example ``"efficientvit_m0"``.
+        name: The model it belongs to, for example ``"efficientvit_m0"``, perhaps with the tag of these weights.
+        to: Whose parameter names the target has: ``"zoo"`` or ``"authors"``.
+        metadata: Strings to keep in the header besides, for example a licence.
+        **overrides: As for :func:`convert_state_dict`.
 
     Returns:
         The target.
 
     Raises:
         UnknownModelError: If there is no such model.
-        WeightsError: If the source is missing, damaged or unsafe, or not this model's.
+        WeightsError: If the source is missing, damaged, unsafe or not this model's, or there is no such layout.
         OSError: If the target cannot be written.
     """
     source, target = Path(source), Path(target)
     checkpoint = _load_pickle(source) if is_pickle(source) else load_state_dict(source)
     # Cloned: tensors of a pickle may be views of one another, which safetensors does not store.
-    tensors = {key: tensor.clone() for key, tensor in convert_state_dict(checkpoint, name).items()}
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    model, _ = split_name(name)
-    save_safetensors(tensors, target, {"zoo_version": zoo.__version__, "model": model, "source_sha256": digest})
+    tensors = {key: tensor.clone() for key, tensor in convert_state_dict(checkpoint, name, **overrides).items()}
+    check_finite(tensors, source)
+    if to == "authors":
+        tensors = to_authors(tensors, name, **overrides)
+    elif to != "zoo":
+        raise WeightsError(f"to is {to!r}; expected 'zoo' or 'authors'.")
+    model, tag = split_name(name)
+    described = {"zoo_version": zoo.__version__, "model": model, "tag": tag, "source_sha256": sha256_of(source)}
+    if config := {**tag_config(name), **overrides}:
+        described["config"] = json.dumps(config)
+    save_safetensors(tensors, target, {**described, **(metadata or {})})
     return target
+
+
+def tag_config(name: str) -> Mapping[str, Any]:
+    """The config fields that the weights of a ``model.tag`` need; none without a tag."""
+    return get_weights(name).config if split_name(name)[1] else {}
 
 
 def _load_pickle(path: Path) -> Mapping[str, Any]:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch.save stores; what is compressed may be far larger than the file.
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise WeightsError("it is compressed, as torch.save never does")
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their arguments
-            return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 -- restricted, see above
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 -- restricted, see above
+        _check_tensors(checkpoint)
+        return checkpoint
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise WeightsError(f"{path}: not read, it is damaged or holds more than tensors ({reason})") from error
+        raise WeightsError(f"{path}: not read, it is damaged or holds more than tensors ({reason(error)})") from error
+
+
+def _check_tensors(value: Any) -> None:
+    """Refuse tensors that are no plain arrays of the file's own numbers, such as one number seen a billion times."""
+    if isinstance(value, Mapping):
+        for entry in value.values():
+            _check_tensors(entry)
+    elif isinstance(value, Tensor):
+        plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise WeightsError(f"a tensor of shape {list(value.shape)} has fewer numbers than that, or none")
 
 
 class _Renamer:
-    """One direction of a family's rules: a name of one layout to the same entry's name in the other."""
+    """One direction of a family's rules: entries of one layout to entries of the other."""
 
     def __init__(
-        self, names: Iterable[tuple[str, str]], inner: Iterable[tuple[str, str]], segments: Mapping[str, str]
+        self,
+        names: Iterable[tuple[str | list[str], str | list[str]]],
+        inner: Iterable[tuple[str, str]],
+        segments: Mapping[str, str],
     ) -> None:
         self.inner = _Renamer(inner, (), {}) if inner else None
-        self.rules = [(_pattern(source), _INDEX.findall(source), target) for source, target in names]
+        # A rule for each name on the left: pattern, indices, names on the right, which part of them, of how many.
+        self.rules = [
+            (_pattern(source), _INDEX.findall(source), _as_list(targets), part, len(_as_list(sources)))
+            for sources, targets in names
+            for part, source in enumerate(_as_list(sources))
+        ]
         self.segments = segments
         self.foreign = set(segments.values()) - set(segments)  # parts that only the other layout has
 
-    def __call__(self, name: str) -> str | None:
-        """The other layout's name, None for a name that is not of this layout."""
-        for pattern, indices, target in self.rules:
+    def __call__(self, name: str) -> tuple[list[str], int, int] | None:
+        """The names in the other layout, which part of them this is, and of how many; None for an unknown name."""
+        for pattern, indices, targets, part, parts in self.rules:
             match = pattern.fullmatch(name)
             if match is None:
                 continue
@@ -185,16 +316,71 @@ class _Renamer:
             }
             if any(number < 0 for number in numbers.values()):
                 continue
-            renamed = _INDEX.sub(lambda index: str(numbers[index[1]] + int(index[2] or 0)), target)  # noqa: B023
-            if not target.endswith("*"):
-                return renamed
-            inside = self.inner(match.groups()[-1]) if self.inner else None
-            if inside is not None:
-                return renamed[:-1] + inside
-            rest = match.groups()[-1].split(".")
-            if self.foreign.isdisjoint(rest):
-                return renamed[:-1] + ".".join(self.segments.get(part, part) for part in rest)
+            rest = self._rest(match.groups()[-1]) if targets[0].endswith("*") else ""
+            if rest is not None:
+                filled = (
+                    _INDEX.sub(lambda index: str(numbers[index[1]] + int(index[2] or 0)), target)  # noqa: B023
+                    for target in targets
+                )
+                return [target.removesuffix("*") + rest for target in filled], part, parts
         return None
+
+    def _rest(self, rest: str) -> str | None:
+        inside = self.inner(rest) if self.inner else None
+        if inside is not None:
+            return inside[0][0]
+        parts = rest.split(".")
+        return ".".join(self.segments.get(part, part) for part in parts) if self.foreign.isdisjoint(parts) else None
+
+    def apply(
+        self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+        """Rename, split and concatenate the entries of a state dict.
+
+        Args:
+            state: Tensors by name.
+            shapes: Of the entries wanted, as far as they are known; a split into unknown shapes is into equal parts.
+
+        Returns:
+            The tensors by their new names, their (first) old names by the new ones, and the names without a place.
+        """
+        pieces: dict[str, list[Tensor | None]] = {}
+        origin: dict[str, str] = {}
+        unknown: list[str] = []
+        for key, tensor in state.items():
+            place = self(key)
+            if place is None:
+                unknown.append(key)
+                continue
+            targets, part, parts = place
+            split = _split(tensor, [shapes.get(target, ()) for target in targets])
+            if split is None or any(pieces.get(target, [None] * parts)[part] is not None for target in targets):
+                unknown.append(key)  # it cannot be split, or is there under two names
+                continue
+            for target, piece in zip(targets, split, strict=True):
+                pieces.setdefault(target, [None] * parts)[part] = piece
+                origin.setdefault(target, key)
+        whole: dict[str, Tensor] = {}
+        for target, slots in pieces.items():
+            found = [piece for piece in slots if piece is not None]
+            if len(found) < len(slots):
+                unknown.append(origin[target])  # its other parts are missing
+            else:
+                whole[target] = found[0] if len(found) == 1 else torch.cat(found)
+        return whole, origin, unknown
+
+
+def _split(tensor: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, ...] | None:
+    """A tensor in as many pieces as there are shapes, along the first dimension; None when they do not add up."""
+    if len(shapes) == 1:
+        return (tensor,)
+    length = tensor.shape[0] if tensor.ndim else 0
+    sizes = [shape[0] if shape else length // len(shapes) for shape in shapes]
+    return tensor.split(sizes) if sum(sizes) == length else None
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -211,27 +397,44 @@ class _Converter:
     to_authors: _Renamer
     computed: tuple[str, ...]  # patterns
     trailing_ones: Mapping[str, int]  # by pattern
+    permute: Mapping[str, list[int]]  # by pattern
 
-    def with_trailing_ones(self, key: str, tensor: Tensor) -> Tensor:
-        """A tensor under the authors' name for it, with the dimensions of size 1 that theirs ends with."""
-        for pattern, count in self.trailing_ones.items():
-            if fnmatchcase(key, pattern):
-                return tensor.reshape(*tensor.shape, *(1,) * count)
-        return tensor
+    def is_zoo_layout(self, state: Iterable[str]) -> bool:
+        """Whether these are zoo's parameter names; the first that only one of the two layouts has decides."""
+        for key in state:
+            ours, theirs = self.to_authors(key) is not None, self.to_zoo(key) is not None
+            if ours != theirs:
+                return ours
+        return True
 
     def is_computed(self, key: str) -> bool:
         """Whether zoo computes this entry of the authors' files."""
         return any(fnmatchcase(key, pattern) for pattern in self.computed)
 
+    def permuted(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of the authors, its dimensions in zoo's order."""
+        order = _matching(self.permute, key)
+        return tensor if order is None or tensor.ndim != len(order) else tensor.permute(order)
+
+    def reshaped(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of zoo under the authors' name for it, with their order of dimensions and their trailing ones."""
+        order, ones = _matching(self.permute, key), _matching(self.trailing_ones, key)
+        if order is not None:
+            tensor = tensor.permute([order.index(i) for i in range(len(order))])
+        return tensor if ones is None else tensor.reshape(*tensor.shape, *(1,) * ones)
+
+
+def _matching(table: Mapping[str, Any], key: str) -> Any:
+    """The entry of the first pattern that a name matches, None when none does."""
+    return next((value for pattern, value in table.items() if fnmatchcase(key, pattern)), None)
+
 
 @cache
-def _converter(family: Family, config: ModelConfig | None = None) -> _Converter | None:
-    """The rules of a family for one of its models (the first variant by default), None when it has no other layout."""
-    path = _RULES / f"{family.name}.toml"
+def _converter(family: Family, config: ModelConfig) -> _Converter | None:
+    """The rules of a family for one of its models, None when it has no other layout."""
+    path = family.converter or _RULES / f"{family.name}.toml"
     if not path.is_file():
         return None
-    if config is None:
-        config = next(iter(family.variants.values()))()
     text = path.read_text(encoding="utf-8")
     document = tomllib.loads(
         _CONFIG_NUMBER.sub(lambda number: str(getattr(config, number[1])[int(number[2])] + int(number[3] or 0)), text)
@@ -246,14 +449,14 @@ def _converter(family: Family, config: ModelConfig | None = None) -> _Converter 
         ),
         tuple(document.get("computed", ())),
         document.get("trailing_ones", {}),
+        document.get("permute", {}),
     )
 
 
-def _blueprint(name: str) -> tuple[Family, Any]:
+def _blueprint(name: str, overrides: Mapping[str, Any]) -> tuple[Family, Any]:
     """A model's family, and the model on the meta device."""
-    variant, _ = split_name(name)
-    config = get_config(variant)
-    family = get_family(family_name(variant))
+    config = get_config(name).override(**overrides)
+    family = get_family(family_name(split_name(name)[0]))
     with torch.device("meta"):
         return family, family.model(config)
 
@@ -263,10 +466,3 @@ def _fit_trailing_ones(tensor: Tensor, own: Tensor) -> Tensor:
     shorter, longer = sorted((tuple(tensor.shape), tuple(own.shape)), key=len)
     ones = (1,) * (len(longer) - len(shorter))
     return tensor.reshape(own.shape) if longer == shorter + ones else tensor
-
-
-def _check_complete(state: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str) -> None:
-    unknown = [key for key in state if key not in own]
-    missing = [key for key in own if key not in state]
-    if unknown or missing:
-        raise WeightsError(f"Not a state dict of {name}: {listed(unknown)} unknown, {listed(missing)} missing.")

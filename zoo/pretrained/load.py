@@ -1,9 +1,8 @@
-"""From a set of weights to a file, from a file to tensors, from tensors into a model.
+"""From a file to tensors, from tensors into a model.
 
 Every file is safetensors: reading one runs no code. A pickle is recognised by its content and refused.
 """
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -15,78 +14,48 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import zoo
-from zoo.errors import WeightsError
+from zoo.errors import WeightsError, reason
 from zoo.layers.init import reset_parameters
-from zoo.pretrained.manifest import Weights
 from zoo.registry import Family
 
 _logger = logging.getLogger(__name__)
-
-
-def fetch(weights: Weights) -> Path:
-    """The local file of a set of weights, downloaded into huggingface_hub's cache unless it is packaged or cached.
-
-    ``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT`` and ``HF_TOKEN`` mean what they mean to huggingface_hub.
-
-    Raises:
-        WeightsError: If it cannot be had, or is not the file that the manifest describes.
-    """
-    path = weights.path if weights.packaged else _download(weights)
-    if not path.is_file():
-        raise WeightsError(f"{path}: missing, though {weights.name} should come with the package; reinstall it.")
-    if weights.sha256:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != weights.sha256:
-            raise WeightsError(
-                f"{path}: not the file that belongs to {weights.name}: its sha256 is {found}, expected "
-                f"{weights.sha256}. Delete it, and it is fetched again."
-            )
-    return path
-
-
-def _download(weights: Weights) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
-
-    try:
-        path = hf_hub_download(
-            weights.hub,
-            weights.file,
-            revision=weights.revision,
-            library_name="zoo",
-            library_version=zoo.__version__,
-        )
-    # OSError: no network, a full disk, no such repository. HTTPError: a connection that broke half-way.
-    except (OSError, HTTPError, EntryNotFoundError, HFValidationError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
-        raise WeightsError(
-            f"Cannot fetch {weights.file} from the Hub repository {weights.hub} ({weights.revision}): {reason}. "
-            "Without a network, or with HF_HUB_OFFLINE=1, it must be in the cache already; or pass a local copy: "
-            f'create_model("{weights.model}", checkpoint=FILE).'
-        ) from error
-    return Path(path)
 
 
 def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, on ``device``.
 
     Raises:
-        WeightsError: If there is no such file, or it is damaged, or it is not safetensors; for a pickle, says how to
-            convert it.
+        WeightsError: If there is no such file, or it is damaged, or it is not safetensors, or not all of it is finite
+            numbers; for a pickle, says how to convert it.
     """
     path = Path(path)
     if is_pickle(path):
         raise WeightsError(
             f"{path}: a pickle, which can run any code when it is read; expected safetensors. If you trust where it "
-            "comes from, convert it once: zoo.pretrained.convert.convert_file(SOURCE, TARGET, MODEL_NAME)."
+            "comes from, convert it once: zoo weights convert MODEL --source FILE --out FILE.safetensors"
         )
     try:
         # Read, not mapped: a model built on a mapping would change, or crash, with the file under it.
-        return load_file(path, device=str(device), backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file, perhaps a download cut short ({error}).") from error
+        state = load_file(path, device=str(device), backend="pread")
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise WeightsError(
+            f"{path}: not a whole safetensors file, perhaps a download cut short ({reason(error)})."
+        ) from error
+    check_finite(state, path)
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise when a tensor holds what is no number.
+
+    Raises:
+        WeightsError: Names the first such tensor.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor)  # one pass, and NaN goes through
+            if not (low.isfinite() and high.isfinite()):
+                raise WeightsError(f"{path}: {name} holds values that are NaN or infinite; the training diverged.")
 
 
 def is_pickle(path: Path) -> bool:

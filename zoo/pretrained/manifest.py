@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from zoo.config import ModelConfig
 from zoo.errors import WeightsError, nearest
 from zoo.preprocessing import Preprocessing
 from zoo.registry import families, get_config, is_model, split_name
@@ -23,8 +24,11 @@ LABEL_SETS = (IMAGENET_LABELS, "imagenet-12k")  # each stands for its standard c
 LAYOUTS = ("timm", "zoo", "authors")
 
 _TAG = re.compile(r"[a-z0-9_]+")
-_FILE = re.compile(r"(?!\.)[\w.-]+\.safetensors")
-_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE = re.compile(r"(?!\.)[\w.-]+\.(safetensors|pth|pt|bin|tar)")
+_PICKLES = (".pth", ".pt", ".bin", ".tar")
+_HUB = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
+_REVISION = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*")
+_HTTPS = re.compile(r"https://[^\s/]+/\S+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,6 +52,8 @@ class Weights:
     folder: Path  # of the manifest, and of a packaged file
     hub: str = ""  # repository on the Hugging Face Hub; "" for a packaged file
     revision: str = "main"  # of that repository
+    url: str = ""  # of a file that is neither on the Hub nor packaged
+    page: str = ""  # where a person gets a file that has no address of its own
     file: str = "model.safetensors"
     sha256: str = ""  # "" when unknown
     licence: str
@@ -56,18 +62,36 @@ class Weights:
     preprocessing: Preprocessing = Preprocessing()  # noqa: RUF009 -- immutable
     labels: tuple[str, ...] | str = IMAGENET_LABELS
     metrics: tuple[Metric, ...] = ()
+    check: tuple[
+        float, ...
+    ] = ()  # first logits of the picture that zoo.pretrained.verify makes, recorded when known good
     recipe: str = ""  # one of zoo's recipes, "unknown", or "" when the authors' card says how
     notes: str = ""  # hardware, seed, and what else should be known
 
     @property
     def name(self) -> str:
-        """``"model.tag"``, as :func:`zoo.create_model` takes it."""
-        return f"{self.model}.{self.tag}"
+        """``"model.tag"``, as :func:`zoo.create_model` takes it; without a tag for weights that no manifest lists."""
+        return f"{self.model}.{self.tag}" if self.tag else self.model
 
     @property
     def packaged(self) -> bool:
         """Whether the file travels with the package instead of being on the Hub."""
-        return not self.hub
+        return not (self.hub or self.url or self.page)
+
+    @property
+    def pickled(self) -> bool:
+        """Whether the file is the authors' pickle, which is converted once before it is loaded."""
+        return bool(self.page) or self.file.endswith(_PICKLES)
+
+    @property
+    def place(self) -> str:
+        """Where the file comes from, for people."""
+        return f"Hub: {self.hub}" if self.hub else self.url or self.page or "the package"
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The config of the model that these weights fit."""
+        return get_config(self.model).override(**self.config)
 
     @property
     def path(self) -> Path:
@@ -144,6 +168,11 @@ def _entry(path: Path, model: str, tag: str, values: dict[str, Any]) -> Weights:
         for metric in values["metrics"]:
             _check_keys(Metric, metric)
         values["metrics"] = tuple(Metric(**metric) for metric in values["metrics"])
+    if "check" in values:
+        numbers = values["check"]
+        if not isinstance(numbers, list) or not all(isinstance(number, int | float) for number in numbers):
+            raise WeightsError("check must be a list of numbers.")
+        values["check"] = tuple(map(float, numbers))
     if isinstance(values.get("labels"), list):
         values["labels"] = tuple(values["labels"])
     weights = Weights(family=path.stem, model=model, tag=tag, folder=path.parent, **values)
@@ -156,8 +185,18 @@ def _check_values(weights: Weights) -> None:
         if not condition:
             raise WeightsError(f"{name} is {getattr(weights, name)!r}; expected {expected}.")
 
-    expect("file", _FILE.fullmatch(weights.file), "the name of a .safetensors file, without a folder")
+    places = [name for name in ("hub", "url", "page") if getattr(weights, name)]
+    if len(places) > 1:
+        raise WeightsError(f"{' and '.join(places)} are given; expected one place, or none for a packaged file.")
+    expect("file", _FILE.fullmatch(weights.file), "the name of a .safetensors, .pth, .pt, .bin or .tar file, no folder")
+    for name in ("url", "page"):
+        expect(name, not getattr(weights, name) or _HTTPS.fullmatch(getattr(weights, name)), "an https address")
+    if weights.pickled and weights.packaged:
+        raise WeightsError(f"file is {weights.file!r}; expected .safetensors, since a packaged file is never a pickle.")
+    if weights.url and not weights.pickled:
+        expect("sha256", weights.sha256, "that of the file, which a url needs")
     expect("hub", not weights.hub or _HUB.fullmatch(weights.hub), "owner/name")
+    expect("revision", _REVISION.fullmatch(weights.revision), "a branch, tag or commit")
     expect("sha256", not weights.sha256 or _SHA256.fullmatch(weights.sha256), "64 hexadecimal digits in lower case")
     expect("layout", weights.layout in LAYOUTS, " or ".join(map(repr, LAYOUTS)))
     expect("config", isinstance(weights.config, dict), "a table")

@@ -1,0 +1,93 @@
+"""From a set of weights to its file on this machine. Imports no torch."""
+
+from pathlib import Path
+
+from zoo.errors import WeightsError
+from zoo.pretrained.download import check_sha256, hub_file, url_file
+from zoo.pretrained.files import cache_folder
+from zoo.pretrained.manifest import Weights
+
+
+def fetch(weights: Weights) -> Path:
+    """The local safetensors file of a set of weights, downloaded unless it is packaged or in the cache.
+
+    Raises:
+        WeightsError: If it cannot be had, is not the file that the manifest describes, or is yet to be converted.
+    """
+    if weights.pickled:
+        return _converted(weights)
+    if weights.hub:
+        return hub_file(weights.hub, weights.file, weights.revision, sha256=weights.sha256)
+    if weights.url:
+        return url_file(weights.url, weights.sha256, name=weights.file)
+    if not weights.path.is_file():
+        raise WeightsError(
+            f"{weights.path}: missing, though {weights.name} should come with the package; reinstall it."
+        )
+    if weights.sha256:
+        check_sha256(weights.path, weights.sha256, weights.name)
+    return weights.path
+
+
+def converted_path(weights: Weights) -> Path:
+    """Where the conversion of an authors' file is kept."""
+    return cache_folder("converted") / f"{weights.name}.safetensors"
+
+
+def _converted(weights: Weights) -> Path:
+    path = converted_path(weights)
+    if path.is_file():
+        return path
+    if weights.page:
+        how = f"Fetch {weights.file} from {weights.page}, then: zoo weights convert {weights.name} --source FILE"
+    else:
+        how = f"zoo weights convert {weights.name}"
+    raise WeightsError(f"{weights.name} is published as a pickle, which is converted once before it is loaded. {how}")
+
+
+def authors_file(weights: Weights) -> Path:
+    """The pickle that a set of weights is published as, downloaded unless it is in the cache; it is only to convert.
+
+    Raises:
+        WeightsError: If it has no address of its own, or cannot be had.
+    """
+    if weights.hub:
+        return hub_file(weights.hub, weights.file, weights.revision, sha256=weights.sha256)
+    if weights.url:
+        return url_file(weights.url, weights.sha256, name=weights.file)
+    raise WeightsError(f"{weights.name}: fetch its file from {weights.page}, then name it: --source FILE.")
+
+
+def cached_file(weights: Weights) -> Path | None:
+    """The file that :func:`fetch` would find without a network, unchecked; None when there is none."""
+    if weights.pickled:
+        path = converted_path(weights)
+    elif weights.hub:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(weights.hub, weights.file, revision=weights.revision)
+        return Path(found) if isinstance(found, str) else None
+    elif weights.url:
+        path = cache_folder("downloads") / weights.sha256 / weights.file
+    else:
+        path = weights.path
+    return path if path.is_file() else None
+
+
+def remove_cached(weights: Weights) -> None:
+    """Remove from the cache what :func:`fetch` put there for these weights; of a Hub repository, every revision.
+
+    Raises:
+        WeightsError: If nothing of it is there.
+    """
+    path = cached_file(weights)
+    if weights.packaged or path is None:
+        raise WeightsError(f"{weights.name} is not in the cache.")
+    if weights.hub and not weights.pickled:
+        from huggingface_hub import scan_cache_dir
+
+        found = scan_cache_dir()
+        revisions = [each.commit_hash for repo in found.repos if repo.repo_id == weights.hub for each in repo.revisions]
+        found.delete_revisions(*revisions).execute()
+    else:
+        path.unlink()
