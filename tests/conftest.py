@@ -25,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the generated files that tests compare against"
     )
+    parser.addoption(
+        "--every-variant", action="store_true", help="export, trace and compile every variant, not one of each family"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

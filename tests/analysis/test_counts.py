@@ -1,8 +1,10 @@
 """Counts against the golden cases, fvcore, and arithmetic by hand."""
 
 import json
+import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,20 +24,35 @@ def test_golden_counts(name: str, shared: Path) -> None:
     assert counts.macs == operators["conv"] + operators["matmul"] + operators["linear"]
 
 
+def attention_in_steps(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+def scan_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    (batch, channels, length), (_, states) = inputs[0].type().sizes(), inputs[2].type().sizes()
+    return (9 * states + 1) * batch * channels * length
+
+
+def scan_activations(inputs: list[Any], outputs: list[Any]) -> int:
+    return math.prod(outputs[0].type().sizes())
+
+
 @pytest.mark.parametrize("name", zoo.list_models(task="image-classification"))
-def test_agrees_with_fvcore(name: str) -> None:
+def test_agrees_with_fvcore(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is a development dependency")
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attention_in_steps)  # unknown to fvcore
     model = zoo.create_model(name).eval()
     inputs = torch.zeros(1, 3, *model.config.input_hw)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of branches on shapes
         activations = fvcore.ActivationCountAnalysis(model, inputs).unsupported_ops_warnings(False)
+        activations.set_op_handle("zoo::selective_scan", scan_activations)
         flops = fvcore.FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False)
-        by_operator = flops.by_operator()
+        by_operator = flops.set_op_handle("zoo::selective_scan", scan_macs).by_operator()
         assert count(name).activations == activations.total()
     # fvcore calls a multiply-accumulate one FLOP, and counts norms and pooling besides.
-    counted = sum(by_operator[operator] for operator in ("conv", "linear", "addmm", "matmul", "bmm", "einsum"))
-    assert count(name).macs == counted
+    operators = ("conv", "linear", "addmm", "matmul", "bmm", "einsum", "selective_scan")
+    assert count(name).macs == sum(by_operator[operator] for operator in operators)
 
 
 def test_by_hand() -> None:

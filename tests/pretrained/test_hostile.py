@@ -212,7 +212,8 @@ def mutate(data):
     data = bytearray(data)
     head = 9000 if generator.random() < 0.7 else len(data)  # most of what can go wrong is at the start, or at the end
     def spot():
-        return generator.randrange(min(head, len(data))) if generator.random() < 0.8 else -1 - generator.randrange(min(600, len(data)))
+        near = generator.randrange(min(head, len(data)))
+        return near if generator.random() < 0.8 else -1 - generator.randrange(min(600, len(data)))
     for _ in range(generator.choice((1, 1, 2, 5, 20))):
         kind = generator.randrange(6)
         if kind == 0:

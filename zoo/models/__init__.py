@@ -5,7 +5,12 @@ generated: ``pytest tests/models/test_index.py --update-golden`` rewrites it and
 """
 
 MODULES = {
+    "efficientformer": "zoo.models.efficientformer",
+    "efficientformer_v2": "zoo.models.efficientformer_v2",
+    "efficientmod": "zoo.models.efficientmod",
     "efficientnet": "zoo.models.efficientnet",
     "efficientvit": "zoo.models.efficientvit",
+    "efficientvmamba": "zoo.models.efficientvmamba",
+    "lowformer": "zoo.models.lowformer",
     "tinynet": "zoo.models.tinynet",
 }

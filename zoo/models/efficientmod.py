@@ -1,0 +1,283 @@
+"""EfficientMod: values modulated by their context, a depthwise convolution, with a little attention at the end.
+
+Paper: arXiv:2403.19963 (ICLR 2024), "Efficient Modulation for Vision Networks".
+Original code: github.com/ma-xu/EfficientMod @ ec04df6, models/EfficientMod.py (Apache-2.0).
+Where the paper's Table 8 contradicts the code and the parameter counts (the last stage of S), this follows the code.
+
+Differs from the original: nothing. The block's dead options (several kernel sizes, no context) are left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.config import ImageConfig, axis
+from zoo.errors import ConfigError
+from zoo.layers import DropPath, LayerScale, TruncNormalLinear, drop_path_rates, fold_layer_scale
+from zoo.models._backbone import Backbone
+from zoo.registry import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientModConfig(ImageConfig):
+    """The paper's Table 8. Tuples hold one entry per stage, at strides 4, 8, 16 and 32; the default is XXS."""
+
+    widths: tuple[int, ...] = axis("width", (32, 64, 128, 256), multiple_of=8)
+    depths: tuple[int, ...] = axis("depth", (2, 2, 6, 2))  # modulation blocks
+    attention_depths: tuple[int, ...] = axis("depth", (0, 0, 1, 2))  # attention blocks, which follow them
+    expand_ratios: tuple[int, ...] = (1, 6)  # of the values: the modulation blocks of a stage take them in turn
+    kernel_size: int = 7  # of the context
+    num_heads: int = 8
+    min_head_dim: int = 32  # where it is more than the width has, attention is wider than its input
+    mlp_ratios: tuple[float, ...] = (4.0, 4.0, 4.0, 4.0)  # of the attention blocks
+    layer_scale_init: float = 1e-4  # of the modulation blocks
+    img_size: int | tuple[int, int] = axis("resolution", 224, multiple_of=32)
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_same_length("widths", "depths", "attention_depths", "mlp_ratios")
+        self.check_positive("widths", "depths", "expand_ratios", "kernel_size", "num_heads", "min_head_dim")
+        self.check_positive("mlp_ratios", "layer_scale_init")
+        if min(self.attention_depths, default=0) < 0:
+            raise ConfigError(f"attention_depths is {self.attention_depths}; expected 0 or more in each stage.")
+        if not self.expand_ratios:
+            raise ConfigError("expand_ratios is empty; expected at least one ratio.")
+        if self.kernel_size % 2 == 0:
+            raise ConfigError(f"kernel_size is {self.kernel_size}; expected an odd one.")
+
+
+class Context(nn.Module):
+    """What is around each position (Eq. 3): ``[B, H, W, dim] -> [B, H, W, dim]``."""
+
+    def __init__(self, dim: int, *, kernel_size: int) -> None:
+        super().__init__()
+        self.f = TruncNormalLinear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.act = nn.GELU()
+        self.g = TruncNormalLinear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.f(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.g(self.act(x))
+
+
+class ModulationMlp(nn.Module):
+    """An MLP whose hidden layer is multiplied by the context (Section 3.3): ``[B, H, W, dim] -> [B, H, W, dim]``.
+
+    It is ``ratio`` times as wide as the context, and each part of it is modulated alike.
+    """
+
+    def __init__(self, dim: int, *, ratio: int, kernel_size: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.context = Context(dim, kernel_size=kernel_size)
+        self.fc1 = TruncNormalLinear(dim, dim * ratio)
+        self.act = nn.GELU() if ratio > 1 else nn.Identity()
+        self.fc2 = TruncNormalLinear(dim * ratio, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.context(x)
+        x = self.act(self.fc1(x))
+        # In place: new memory for the product costs more than the product.
+        x = x.unflatten(-1, [self.ratio, -1]).mul_(context.unsqueeze(-2))
+        return self.fc2(x.flatten(-2))
+
+
+class ModulationBlock(nn.Module):
+    """Modulation, residual: ``[B, H, W, dim] -> [B, H, W, dim]``."""
+
+    def __init__(self, dim: int, *, ratio: int, kernel_size: int, layer_scale_init: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = ModulationMlp(dim, ratio=ratio, kernel_size=kernel_size)
+        self.ls = LayerScale(dim, layer_scale_init)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def fuse(self) -> "ModulationBlock":
+        """Fold the layer scale into the linear layer before it."""
+        fold_layer_scale(self, "ls", self.mlp.fc2)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.ls(self.mlp(self.norm(x))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the whole map: ``[B, H, W, dim] -> [B, H, W, dim]``."""
+
+    def __init__(self, dim: int, *, num_heads: int, min_head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = max(dim // num_heads, min_head_dim)
+        inner = num_heads * self.head_dim
+        self.qkv = TruncNormalLinear(dim, 3 * inner, bias=False)
+        self.proj = TruncNormalLinear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim).transpose(1, 3).unbind(2)
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H * W, head_dim]
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, self.num_heads * self.head_dim))
+
+
+class Mlp(nn.Sequential):
+    """Two linear layers with GELU between: ``[..., dim] -> [..., dim]``."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = TruncNormalLinear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = TruncNormalLinear(hidden, dim)
+
+
+class AttentionBlock(nn.Module):
+    """Attention and MLP, each residual: ``[B, H, W, dim] -> [B, H, W, dim]``."""
+
+    def __init__(self, dim: int, *, num_heads: int, min_head_dim: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads=num_heads, min_head_dim=min_head_dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbedding(nn.Module):
+    """A strided convolution, then layer norm: ``[B, Cin, H, W] -> [B, dim, H / stride, W / stride]``, rounded up."""
+
+    def __init__(self, in_channels: int, dim: int, kernel_size: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, dim, kernel_size, stride, kernel_size // 2)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """Downsampling, except in the first stage, then blocks at one resolution, whose maps are channels-last."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class EfficientMod(Backbone):
+    """stem, four stages at strides 4 to 32, layer norm and linear head."""
+
+    def __init__(self, config: EfficientModConfig) -> None:
+        super().__init__()
+        self.stem = PatchEmbedding(config.in_chans, config.widths[0], 7, stride=4)
+        self.stages = nn.Sequential()
+        depths = tuple(map(sum, zip(config.depths, config.attention_depths, strict=True)))
+        for i, rates in enumerate(drop_path_rates(config.drop_path_rate, depths)):
+            dim = config.widths[i]
+            downsample = PatchEmbedding(config.widths[i - 1], dim, 3, stride=2) if i else nn.Identity()
+            self.stages.append(Stage(downsample, [self._block(config, i, j, rate) for j, rate in enumerate(rates)]))
+        self.norm: nn.Module = nn.LayerNorm(config.widths[-1])
+        self.finish(config, widths=config.widths, reductions=tuple(4 * 2**i for i in range(len(config.widths))))
+
+    @staticmethod
+    def _block(config: EfficientModConfig, stage: int, index: int, drop_path: float) -> nn.Module:
+        dim = config.widths[stage]
+        if index < config.depths[stage]:
+            return ModulationBlock(
+                dim,
+                ratio=config.expand_ratios[index % len(config.expand_ratios)],
+                kernel_size=config.kernel_size,
+                layer_scale_init=config.layer_scale_init,
+                drop_path=drop_path,
+            )
+        return AttentionBlock(
+            dim,
+            num_heads=config.num_heads,
+            min_head_dim=config.min_head_dim,
+            mlp_ratio=config.mlp_ratios[stage],
+            drop_path=drop_path,
+        )
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.stem(x)
+
+    def forward_norm(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def prune_norm(self) -> None:
+        """Remove the final norm."""
+        self.norm = nn.Identity()
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(x, self.drop_rate, self.training))
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        return TruncNormalLinear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def fuse(self) -> "EfficientMod":
+        """As :meth:`Backbone.fuse`; there is no batch norm, but the layer scales are folded.
+
+        The convolutions' weights also become channels-last, as the maps are.
+        """
+        super().fuse()
+        return self.to(memory_format=torch.channels_last)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^stages\.(\d+)"
+        fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": [(blocks, None), (r"^norm", (99999,))] if coarse else fine}
+
+
+FAMILY = Family(
+    "efficientmod",
+    config=EfficientModConfig,
+    model=EfficientMod,
+    title="EfficientMod",
+    paper="arXiv:2403.19963",
+    code="github.com/ma-xu/EfficientMod @ ec04df6",
+    licence="Apache-2.0",
+    first_conv="stem.conv",
+    classifier="head",
+)
+
+
+@FAMILY.variant
+def efficientmod_xxs() -> EfficientModConfig:
+    """4.7 M parameters, 0.6 GMACs, 76.0 % top-1."""
+    return EfficientModConfig()
+
+
+@FAMILY.variant
+def efficientmod_xs() -> EfficientModConfig:
+    """6.6 M parameters, 0.8 GMACs, 78.3 % top-1."""
+    return EfficientModConfig(
+        widths=(32, 64, 144, 288), depths=(3, 3, 4, 2), attention_depths=(0, 0, 3, 3), expand_ratios=(1, 4)
+    )
+
+
+@FAMILY.variant
+def efficientmod_s() -> EfficientModConfig:
+    """12.9 M parameters, 1.4 GMACs, 81.0 % top-1."""
+    return EfficientModConfig(
+        widths=(32, 64, 144, 312),
+        depths=(4, 4, 8, 4),
+        attention_depths=(0, 0, 4, 4),
+        mlp_ratios=(4.0, 4.0, 4.0, 5.0),
+    )
+
+
+@FAMILY.variant
+def efficientmod_s_conv() -> EfficientModConfig:
+    """Modulation alone. 12.9 M parameters, 1.5 GMACs, 80.5 % top-1."""
+    return EfficientModConfig(widths=(40, 80, 160, 344), depths=(4, 4, 12, 8), attention_depths=(0, 0, 0, 0))
