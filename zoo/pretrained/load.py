@@ -106,9 +106,9 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
     for classifier in family.classifiers:
         _fit_classifier(model, state, classifier)
     own = model.state_dict()
-    kinds = [name for name in state if name in own and state[name].is_floating_point() != own[name].is_floating_point()]
-    if kinds:
-        raise WeightsError(f"{listed(kinds)}: floating point here and not there; expected {own[kinds[0]].dtype}.")
+    weights = [name for name in state if name in own and own[name].is_floating_point()]
+    if others := [name for name in weights if not state[name].is_floating_point()]:
+        raise WeightsError(f"{listed(others)}: {state[others[0]].dtype}, expected {own[others[0]].dtype}.")
     try:
         result = model.load_state_dict(state, strict=False, assign=example.is_meta)
     except RuntimeError as error:  # shapes that differ; it lists them all
