@@ -44,7 +44,7 @@ def _place(entry: Weights) -> str:
         return "the package"
     if entry.hub:
         return f"Hub: `{entry.hub}`" + (", to convert" if entry.pickled else "")
-    return f"[{entry.file}]({entry.url}), to convert" if entry.url else f"[by hand]({entry.page}), to convert"
+    return f"[{entry.file}]({entry.url}), to convert" if entry.url else f"[a page]({entry.page}), to convert"
 
 
 def rendered(text: str) -> str:

@@ -81,7 +81,7 @@ def test_is_model() -> None:
         ("efficientvit_n4", r"Unknown model 'efficientvit_n4'. Did you mean: efficientvit_m4, "),
         ("efficientvit_m4x.r224_in1k", r"Did you mean: efficientvit_m4"),
         ("gpt", "`zoo list` shows all of them"),
-        ("runs/efficientvit_m4.safetensors", "name the architecture and pass checkpoint=PATH"),
+        ("runs/efficientvit_m4.pth", "name the architecture and pass checkpoint=PATH"),
     ],
 )
 def test_unknown_models(name: str, message: str) -> None:

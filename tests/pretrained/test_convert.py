@@ -352,8 +352,8 @@ def test_every_variant_with_rules_goes_out_and_comes_back(name: str) -> None:
         return
     # Numbered, not random: equal means every entry is in its own place.
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in family.model(config).state_dict().items()}
-    state = {key: torch.full(shape, float(i)) for i, (key, shape) in enumerate(shapes.items())}
+        own = family.model(config).state_dict()
+    state = {key: torch.full(tensor.shape, i, dtype=tensor.dtype) for i, (key, tensor) in enumerate(own.items())}
     back = convert_state_dict({"state_dict": to_authors(state, name)}, name)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())

@@ -16,8 +16,9 @@ from zoo.atomic import save_safetensors
 from zoo.config import ModelConfig
 from zoo.errors import ConfigError, UnknownModelError, WeightsError
 from zoo.pretrained.convert import convert_file, to_authors
+from zoo.pretrained.files import read_header
 from zoo.pretrained.hub import write_repository
-from zoo.pretrained.source import find_weights, read_metadata
+from zoo.pretrained.source import find_weights
 from zoo.train.run_folder import ModelRecord, RunFolder
 
 M0 = "efficientvit_m0"
@@ -128,7 +129,7 @@ def test_file_whose_header_names_the_model(tmp_path: Path, model: nn.Module) -> 
     torch.save({"model": to_authors(model.state_dict(), M0, **TINY, num_classes=4)}, source)
     convert_file(source, target, M0, **TINY, num_classes=4)
     assert_same(zoo.create_model(str(target)), model)
-    metadata = read_metadata(target)
+    metadata = read_header(target)["__metadata__"]
     assert metadata["model"] == M0
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     save_safetensors(model.state_dict(), target)

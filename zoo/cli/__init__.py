@@ -22,8 +22,8 @@ app.command("predict")(predict.predict)
 app.command("train")(finetune.train)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
-app.add_typer(weights.app, name="weights")
 app.command("doctor")(doctor.doctor)
+app.add_typer(weights.app, name="weights")
 
 
 def _print_version(wanted: bool) -> None:

@@ -38,7 +38,7 @@ def list_(
             {
                 "name": entry.name,
                 "place": entry.place,
-                "file": entry.file,
+                "file": None if entry.page else entry.file,
                 "revision": entry.revision if entry.hub else None,
                 "sha256": entry.sha256 or None,
                 "layout": entry.layout,

@@ -69,6 +69,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str, **overrides: An
             f"Not a state dict of {found.owner}{name}: {listed(unknown)} unknown, {listed(missing)} missing."
         )
     for key, tensor in found.state.items():
+        if own[key].is_floating_point() and not tensor.is_floating_point():
+            raise WeightsError(f"{found.origin.get(key, key)} is {tensor.dtype}, expected {own[key].dtype}.")
         if tensor.shape != own[key].shape:
             raise WeightsError(
                 f"Not a state dict of {found.owner}{name}: {found.origin.get(key, key)} is {list(tensor.shape)}, "

@@ -39,7 +39,7 @@ def _converted(weights: Weights) -> Path:
     if path.is_file():
         return path
     if weights.page:
-        how = f"Fetch {weights.file} from {weights.page}, then: zoo weights convert {weights.name} --source FILE"
+        how = f"Fetch it from {weights.page}, then: zoo weights convert {weights.name} --source FILE"
     else:
         how = f"zoo weights convert {weights.name}"
     raise WeightsError(f"{weights.name} is published as a pickle, which is converted once before it is loaded. {how}")

@@ -7,7 +7,46 @@ What comes from the Hub is in huggingface_hub's cache. Beside it, in ``$HF_HOME/
 """
 
 import hashlib
+import json
+import struct
 from pathlib import Path
+from typing import Any
+
+from zoo.errors import WeightsError, reason
+
+_MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensors by name, and strings by name under ``"__metadata__"``.
+
+    Raises:
+        WeightsError: If it is none, or names something twice.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER, path.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length), object_pairs_hook=_once)
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+            raise ValueError("its header is no table")
+        return header
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such file; expected a safetensors file.") from error
+    except (OSError, ValueError, RecursionError, struct.error) as error:
+        raise WeightsError(
+            f"{path}: not a whole safetensors file, perhaps a download cut short ({reason(error)})."
+        ) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"{key[:100]!r} is in it twice")
+        table[key] = value
+    return table
 
 
 def sha256_of(path: str | Path) -> str:

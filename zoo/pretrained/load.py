@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.errors import WeightsError, reason
 from zoo.layers.init import reset_parameters
+from zoo.pretrained.files import read_header
 from zoo.registry import Family
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"{path}: a pickle, which can run any code when it is read; expected safetensors. If you trust where it "
             "comes from, convert it once: zoo weights convert MODEL --source FILE --out FILE.safetensors"
         )
+    read_header(path)  # of two tensors with one name, safetensors takes the last
     try:
         # Read, not mapped: a model built on a mapping would change, or crash, with the file under it.
         state = load_file(path, device=str(device), backend="pread")
@@ -53,7 +55,8 @@ def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor)  # one pass, and NaN goes through
+            values = tensor if tensor.element_size() > 1 else tensor.float()  # torch has little for 8 bits
+            low, high = torch.aminmax(values)  # one pass, and NaN goes through
             if not (low.isfinite() and high.isfinite()):
                 raise WeightsError(f"{path}: {name} holds values that are NaN or infinite; the training diverged.")
 
@@ -102,6 +105,10 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
     _fit_input(model, state, family.first_conv)
     for classifier in family.classifiers:
         _fit_classifier(model, state, classifier)
+    own = model.state_dict()
+    weights = [name for name in state if name in own and own[name].is_floating_point()]
+    if others := [name for name in weights if not state[name].is_floating_point()]:
+        raise WeightsError(f"{listed(others)}: {state[others[0]].dtype}, expected {own[others[0]].dtype}.")
     try:
         result = model.load_state_dict(state, strict=False, assign=example.is_meta)
     except RuntimeError as error:  # shapes that differ; it lists them all

@@ -14,7 +14,6 @@ Two layouts of ``config.json`` are read besides the run folder's: timm's for pic
 import dataclasses
 import json
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from zoo.config import Axis, ImageConfig, ModelConfig
 from zoo.errors import ConfigError, UnknownModelError, WeightsError, reason
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.download import hub_file, url_file
+from zoo.pretrained.files import read_header
 from zoo.pretrained.manifest import LABEL_SETS, Weights, get_weights, list_weights
 from zoo.registry import family_name, get_config, get_family, split_name
 
@@ -32,7 +32,6 @@ TIMM_PREFIX = "zoo_"  # of zoo's models in timm's registry
 
 _HUB = re.compile(r"((?!\.)[\w.-]+/(?!\.)[\w.-]+)(?:@((?!\.)[\w.-]+(?:/(?!\.)[\w.-]+)*))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX_HEADER = 100 << 20  # bytes, safetensors' own limit
 _MAX_DEPTH = 1024  # of a config that comes from elsewhere: building takes time in proportion
 _MAX_NUMBER = 1 << 20
 
@@ -187,7 +186,7 @@ def _from_run(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_header(path: Path, source: str) -> Weights:
     """The record of a single file, from what zoo wrote into its header."""
-    metadata = read_metadata(path)
+    metadata = read_header(path).get("__metadata__", {})
     if "model" not in metadata:
         raise WeightsError(
             f"{source}: its header names no model; name it: create_model(NAME, checkpoint={str(source)!r})."
@@ -210,25 +209,6 @@ def _from_header(path: Path, source: str) -> Weights:
         layout="zoo",
         config=config,
     )
-
-
-def read_metadata(path: Path) -> Mapping[str, str]:
-    """The strings in a safetensors file's header; none when it has none.
-
-    Raises:
-        WeightsError: If it has no such header.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(_MAX_HEADER, path.stat().st_size):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-            return {str(key): str(value) for key, value in header.get("__metadata__", {}).items()}
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file; expected a safetensors file.") from error
-    except (OSError, ValueError, AttributeError, RecursionError, struct.error) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({reason(error)}).") from error
 
 
 def _standard_labels(classes: int) -> tuple[str, ...] | str:
