@@ -66,7 +66,7 @@ def test_an_unknown_policy_is_a_recipe_error(policy: str) -> None:
 @pytest.mark.parametrize("alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0, "smoothing": 0.1}])
 def test_mixing_depends_on_its_seed_alone(alphas: dict[str, float]) -> None:
     def mix(*seed: int) -> Batch:
-        return mixing(Batch(inputs.clone(), targets), *seed)
+        return mixing(Batch(inputs.clone(), targets, torch.arange(4)), *seed)
 
     mixing = Mixing(Augment(**alphas), num_classes=3)
     inputs, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
@@ -87,5 +87,5 @@ def test_mixing_leaves_the_global_generators_alone() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    mixing(Batch(torch.rand(2, 3, 4, 4, generator=torch.Generator()), torch.tensor([0, 1])), 5)
+    mixing(Batch(torch.rand(2, 3, 4, 4, generator=torch.Generator()), torch.tensor([0, 1]), torch.arange(2)), 5)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected

@@ -1,5 +1,6 @@
 """Training-time variation of pictures and batches: timm's transforms and mixing, set by a recipe."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from torchvision.transforms import v2
@@ -62,4 +63,5 @@ class Mixing:
 
     def __call__(self, batch: Batch, *seed: int) -> Batch:
         with seeded(*seed):
-            return Batch(*self.mixup(batch.inputs, batch.targets))
+            inputs, targets = self.mixup(batch.inputs, batch.targets)
+        return dataclasses.replace(batch, inputs=inputs, targets=targets)
