@@ -56,7 +56,9 @@ def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
         evaluate_run(run, split="train", root=str(Path(__file__).parents[2] / "zoo/data/embedded/digits.parquet"))
     shutil.copytree(run.parent / "data" / "test", tmp_path / "data")
     (tmp_path / "data" / "green").rename(tmp_path / "data" / "grey")
-    with pytest.raises(DataError, match=r"the class 'grey', which the training data has not. Did you mean: green, red\?$"):
+    with pytest.raises(
+        DataError, match=r"the class 'grey', which the training data has not. Did you mean: green, red\?$"
+    ):
         evaluate_run(run, split="train", root=str(tmp_path / "data"))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from zoo.data.image import Transform, decode_image
+from zoo.data.image import Patch, Transform
 from zoo.data.sources import ImageSource, StreamSource
 from zoo.data.tokens import Rows
 from zoo.errors import DataError, TrainingError, reason
@@ -32,10 +32,11 @@ _ATTEMPTS = 100  # pictures tried in place of one that cannot be read
 class Batch:
     """One batch on its way to the model."""
 
-    inputs: Tensor  # [B, C, H, W] float32 pictures, or [B, T] integers: tokens
+    inputs: Tensor  # [B, 3, H, W] uint8 pictures, float32 once they are normalised; or [B, T] integers: tokens
     targets: Tensor  # [B] class indices, [B, num_classes] float32 after mixing, or [B, T] tokens
     indices: Tensor  # [B] int64: which samples of the data set these are
     positions: Tensor | None = None  # [B, T] of each token in its document
+    patches: tuple[Patch | None, ...] = ()  # for each picture, what erases a part of it
     skipped: dict[str, str] = field(default_factory=dict)  # what could not be read: where it is, and why
 
     def pin_memory(self) -> "Batch":
@@ -147,25 +148,26 @@ class ImageSamples(Samples):
                 position = derive_seed(self.seed, epoch, position, attempt) % len(self)
         if not samples:  # nothing to make a batch of
             raise DataError(next(iter(skipped.values())))
-        pictures, labels = zip(*samples, strict=True)
-        return Batch(torch.stack(pictures), torch.tensor(labels), torch.tensor(positions), skipped=skipped)
+        pictures, patches, labels = zip(*samples, strict=True)
+        # Pixel by pixel in memory, as they were decoded and as convolutions like them best.
+        inputs = _stacked([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
+        return Batch(inputs, torch.tensor(labels), torch.tensor(positions), patches=patches, skipped=skipped)
 
     def _describe(self, position: int) -> str:
         return self.source.describe(position if self.indices is None else int(self.indices[position]))
 
-    def _load(self, epoch: int, position: int) -> tuple[Tensor, int]:
+    def _load(self, epoch: int, position: int) -> tuple[Tensor, Patch | None, int]:
         if isinstance(self.source, StreamSource):
             index = position
             data, label = self.source.sample(epoch, position)
         else:
             index = position if self.indices is None else int(self.indices[position])
             data, label = self.source.encoded(index), int(self.source.labels[index])
-        picture = decode_image(data, self.source.describe(index))
         if get_worker_info() is None:
             with seeded(self.seed, epoch, index):
-                return self.transform(picture), label
+                return *self.transform.load(data, self.source.describe(index)), label
         seed_everything(self.seed, epoch, index)  # nobody else draws from a worker's generators
-        return self.transform(picture), label
+        return *self.transform.load(data, self.source.describe(index)), label
 
 
 class TextSamples(Samples):
@@ -311,6 +313,16 @@ class Loader:
     def close(self) -> None:
         """End the worker processes, which otherwise wait for the next epoch. The loader is of no use afterwards."""
         del self._loader
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """``torch.stack``; in a worker straight into the memory that it shares with the training process."""
+    if get_worker_info() is None:
+        return torch.stack(tensors)
+    count = len(tensors) * tensors[0].numel()
+    storage = torch.UntypedStorage._new_shared(count * tensors[0].element_size(), device="cpu")
+    flat = torch.empty(0, dtype=tensors[0].dtype).set_(storage, 0, (count,), (1,))  # type: ignore[call-overload]
+    return torch.stack(tensors, out=flat.view(len(tensors), *tensors[0].shape))
 
 
 def _as_is(batch: Any) -> Any:

@@ -211,9 +211,7 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         losses = []
         for micro in range(recipe.train.accumulate):
-            batch = next(batches).to(accelerator.device)
-            if recipe.train.channels_last:
-                batch.inputs = batch.inputs.contiguous(memory_format=torch.channels_last)
+            batch = self.task.prepare(next(batches), accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     loss = self.task.loss(self.model, batch, recipe.seed, self.step, micro, accelerator.process_index)
@@ -276,7 +274,7 @@ class _Run:
         if self.ema is not None:
             candidates["ema"] = self.ema.module
         for name, model in candidates.items():
-            figures = evaluate(model, self.val_loader, accelerator, channels_last=recipe.train.channels_last)
+            figures = evaluate(model, self.val_loader, self.task.prepare, accelerator)
             row.update({f"{name}_{key}": value for key, value in figures.items()})
         self.history.append(row)
         self.loss_sum = 0.0

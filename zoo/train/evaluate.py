@@ -11,7 +11,7 @@ from zoo.inference import load_run
 from zoo.train.device import make_accelerator
 from zoo.train.recipe import load_recipe
 from zoo.train.run_folder import RunFolder
-from zoo.train.tasks import eval_loader, evaluate, open_split
+from zoo.train.tasks import Prepare, eval_loader, evaluate, open_split
 
 
 def evaluate_run(
@@ -52,5 +52,6 @@ def evaluate_run(
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = eval_loader(source, indices, classifier.preprocessing, recipe, accelerator)
-    figures = evaluate(model, loader, accelerator, channels_last=recipe.train.channels_last)
+    prepare = Prepare(classifier.preprocessing, channels_last=recipe.train.channels_last)
+    figures = evaluate(model, loader, prepare, accelerator)
     return {"split": split, "samples": len(indices), **figures}

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from zoo.data.augment import Mixing, train_transform
-from zoo.data.image import eval_transform
+from zoo.data.augment import Mixing, TrainTransform
+from zoo.data.image import EvalTransform, Normalise
 from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader
 from zoo.data.sources import ImageSource, Relabelled, StreamSource, open_source, open_stream, stratified_holdout
 from zoo.errors import DataError, RecipeError
@@ -56,6 +56,7 @@ class ImageClassification:
             **overrides,
         )
         self.preprocessing = preprocessing_of(self.model, data)
+        self.prepare = Prepare(self.preprocessing, channels_last=recipe.train.channels_last)
         augment = recipe.augment
         self.mixing = Mixing(augment, num_classes) if augment.mixup or augment.cutmix else None
         self.smoothing = 0.0 if self.mixing else augment.smoothing  # mixing smooths the labels itself
@@ -86,7 +87,7 @@ class ImageClassification:
         dataset = ImageSamples(
             self.source,
             self.train_indices,
-            train_transform(recipe.augment, self.preprocessing),
+            TrainTransform(recipe.augment, self.preprocessing),
             seed=recipe.seed,
             replace=True,
         )
@@ -140,6 +141,19 @@ def open_split(data: Data, split: str, classes: tuple[str, ...], *, root: str = 
     return source
 
 
+class Prepare:
+    """Takes a batch of pictures to the device and normalises it there."""
+
+    def __init__(self, preprocessing: Preprocessing, *, channels_last: bool) -> None:
+        self.normalise = Normalise(preprocessing, reuse=True)  # a batch is done with when the next one comes
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, batch: Batch, device: torch.device) -> Batch:
+        batch = batch.to(device)
+        inputs = self.normalise(batch.inputs, batch.patches).contiguous(memory_format=self.layout)
+        return dataclasses.replace(batch, inputs=inputs, patches=())
+
+
 def eval_loader(
     source: ImageSource,
     indices: np.ndarray,
@@ -148,7 +162,7 @@ def eval_loader(
     accelerator: Accelerator,
 ) -> Loader:
     """Batches for evaluation: in order, every sample exactly once over all processes."""
-    dataset = ImageSamples(source, indices, eval_transform(preprocessing), seed=0)
+    dataset = ImageSamples(source, indices, EvalTransform(preprocessing), seed=0)
     sampler = EpochSampler(
         len(dataset),
         recipe.train.batch_size,
@@ -160,16 +174,14 @@ def eval_loader(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, *, channels_last: bool) -> dict[str, float]:
+def evaluate(model: nn.Module, loader: Loader, prepare: Prepare, accelerator: Accelerator) -> dict[str, float]:
     """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' batches."""
     was_training = model.training
     model.eval()
     double = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS has not
     totals = torch.zeros(4, dtype=double, device=accelerator.device)  # loss, top-1, top-5, samples
     for batch in loader:
-        batch = batch.to(accelerator.device)
-        if channels_last:
-            batch.inputs = batch.inputs.contiguous(memory_format=torch.channels_last)
+        batch = prepare(batch, accelerator.device)
         with accelerator.autocast():
             logits = model(batch.inputs)
         logits = logits.float()
