@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from zoo.data.image import as_rgb, eval_transform, read_image
+from zoo.data.image import EvalTransform, Normalise, as_rgb, read_image
 from zoo.errors import ConfigError, WeightsError, reason
 from zoo.factory import build, create_model
 from zoo.preprocessing import Preprocessing
@@ -46,12 +46,13 @@ class Classifier:
         Raises:
             DataError: If a picture cannot be read.
         """
-        transform = eval_transform(self.preprocessing)
+        transform, normalise = EvalTransform(self.preprocessing), Normalise(self.preprocessing)
         example = next(self.model.parameters())
         answers: list[list[tuple[str, float]]] = []
         for start in range(0, len(pictures), _BATCH):
             images = [transform(_open(picture)) for picture in pictures[start : start + _BATCH]]
-            logits = self.model(torch.stack(images).to(example.device, example.dtype))
+            inputs = normalise(torch.stack(images).to(example.device))
+            logits = self.model(inputs.to(example.dtype))
             ranked = logits.float().softmax(dim=-1).cpu().topk(min(top, logits.shape[1]))
             for values, indices in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True):
                 answers.append([(self.labels[i], value) for i, value in zip(indices, values, strict=True)])

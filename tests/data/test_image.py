@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from zoo.data.image import decode_image, eval_transform, read_image
+from zoo.data.image import Box, EvalTransform, Normalise, decode_crop, decode_image, read_image
 from zoo.errors import DataError
 from zoo.preprocessing import Preprocessing
 
@@ -24,6 +24,11 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def prepared(preprocessing: Preprocessing, picture: Image.Image) -> torch.Tensor:
+    """What the model sees."""
+    return Normalise(preprocessing)(EvalTransform(preprocessing)(picture)[None])[0]
 
 
 def decoded(data: bytes) -> np.ndarray:
@@ -70,7 +75,7 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
 def test_one_pixel() -> None:
     data = encode(Image.new("RGB", (1, 1), (1, 2, 3)))
     assert decoded(data).tolist() == [[[1, 2, 3]]]
-    out = eval_transform(Preprocessing(img_size=(32, 48)))(decode_image(data, "here"))
+    out = prepared(Preprocessing(img_size=(32, 48)), decode_image(data, "here"))
     assert out.shape == (3, 32, 48)
     assert out.isfinite().all()
 
@@ -130,13 +135,13 @@ def test_evaluation_is_timms_bit_for_bit(
         std=ours.std,
     )
     picture = noise(width, height)
-    assert torch.equal(eval_transform(ours)(picture), theirs(picture))
+    assert torch.equal(prepared(ours, picture), theirs(picture))
 
 
 def test_a_crop_that_is_not_square_keeps_the_proportions() -> None:
     picture = Image.new("RGB", (100, 100), "black")
     picture.paste("white", (40, 40, 60, 60))  # a square in the middle stays one
-    out = eval_transform(Preprocessing(img_size=(50, 100), crop_pct=1.0, interpolation="nearest"))(picture)
+    out = prepared(Preprocessing(img_size=(50, 100), crop_pct=1.0, interpolation="nearest"), picture)
     assert out.shape == (3, 50, 100)
     bright = (out[0] > 0).nonzero()
     assert (bright.max(0).values - bright.min(0).values + 1).tolist() == [20, 20]
@@ -144,6 +149,39 @@ def test_a_crop_that_is_not_square_keeps_the_proportions() -> None:
 
 def test_a_grey_model_gets_one_normalised_channel() -> None:
     preprocessing = Preprocessing(img_size=(4, 4), crop_pct=1.0, mean=(0.5,), std=(0.25,))
-    out = eval_transform(preprocessing)(Image.new("RGB", (4, 4), (255, 0, 0)))
+    out = prepared(preprocessing, Image.new("RGB", (4, 4), (255, 0, 0)))
     assert out.shape == (1, 4, 4)
     torch.testing.assert_close(out, torch.full((1, 4, 4), (0.2989 - 0.5) / 0.25), atol=0.01, rtol=0)
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    rows, columns = np.mgrid[:height, :width]
+    waves = [np.sin(rows / 40), np.cos(columns / 50), np.sin((rows + columns) / 70)]
+    return Image.fromarray((127 + 120 * np.stack(waves, -1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("box, shrink", [(Box(10, 20, 60, 50), 1), (Box(0, 64, 400, 320), 2), (Box(8, 0, 888, 960), 4)])
+def test_a_crop_is_the_pictures_part(mode: str, box: Box, shrink: int) -> None:
+    picture = smooth(1000, 900)
+    data = encode(picture.convert(mode), "JPEG", quality=95)
+    sizes: list[tuple[int, int]] = []
+
+    def choose(*size: int) -> Box:
+        sizes.append(size)
+        return box
+
+    part = decode_crop(data, "here", choose, (200, 160))
+    assert sizes == [(900, 1000)]
+    assert part.shape == (3, -(-box.height // shrink), -(-box.width // shrink))
+    whole = decode_image(data, "here").crop((box.left, box.top, box.left + box.width, box.top + box.height))
+    expected = np.asarray(whole.resize((part.shape[2], part.shape[1]), Image.Resampling.BOX), dtype=int)
+    assert np.abs(part.permute(1, 2, 0).numpy() - expected).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damaged_pictures_are_not_cropped(kind: str) -> None:
+    data = encode(noise(64, 48), kind)
+    for damaged in (data[: len(data) // 2], data[:50], b"", b"text"):
+        with pytest.raises(DataError, match=r"^here is "):
+            decode_crop(damaged, "here", lambda height, width: Box(0, 0, height, width), (32, 32))

@@ -1,7 +1,10 @@
-"""Class folders, parquet files, Hub data sets and the embedded digits; and holding a part out."""
+"""Class folders, manifests, shards, parquet files, Hub data sets and the embedded digits; and holding a part out."""
 
+import io
 import json
+import multiprocessing
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 
 from zoo.data.image import decode_image
-from zoo.data.sources import ImageSource, open_source, stratified_holdout
+from zoo.data.sources import FolderSource, ImageSource, Relabelled, open_source, open_stream, stratified_holdout
 from zoo.errors import DataError, MissingExtraError
 
 PNG = bytes.fromhex(  # a grey picture of one pixel
@@ -151,9 +154,11 @@ def test_a_parquet_file_has_one_split(tmp_path: Path) -> None:
     path = make_parquet(tmp_path / "some.parquet", [0, 1])
     with pytest.raises(DataError, match=r"has the split 'train' only, not 'test'; hold a part out with data.holdout.$"):
         open_source(str(path), split="test")
-    (tmp_path / "some.csv").write_text("label")
-    with pytest.raises(DataError, match=r"some.csv is a file; expected a folder of class folders or a .parquet file.$"):
-        open_source(str(tmp_path / "some.csv"))
+    (tmp_path / "some.zip").write_text("label")
+    with pytest.raises(
+        DataError, match=r"some.zip is a file; expected a folder of class folders, or a file that ends in"
+    ):
+        open_source(str(tmp_path / "some.zip"))
 
 
 def test_embedded_digits() -> None:
@@ -230,3 +235,196 @@ def test_a_class_with_one_sample_is_kept_for_training() -> None:
 def test_classes_of_one_sample_each_leave_nothing_to_hold_out() -> None:
     with pytest.raises(DataError, match=r"^None of the 3 classes has two samples, so that none can be held out.$"):
         stratified_holdout(np.arange(3), 0.5, seed=0)
+
+
+def test_relabelled_by_class_name(tmp_path: Path) -> None:
+    source = FolderSource(make_folder(tmp_path, cat=1, emu=2))
+    other = Relabelled(source, ("ant", "cat", "dog", "emu"), "val")
+    assert other.labels.tolist() == [1, 3, 3]
+    assert other.missing == ["ant", "dog"]
+    assert (other.encoded(0), other.describe(0)) == (PNG, source.describe(0))
+    with pytest.raises(
+        DataError, match=r"^val has the class 'cat', which the training data has not. Did you mean: cut"
+    ):
+        Relabelled(source, ("cut", "emu"), "val")
+
+
+MANIFESTS = {
+    "csv": "path,label,split\na/1.png,dog,train\na/2.png,cat,train\na/1.png,dog,val\n",
+    "tsv": "file_name\tclass\tsplit\na/1.png\tdog\ttrain\na/2.png\tcat\t\na/1.png\tdog\tval\n",
+    "jsonl": '{"image": "a/1.png", "target": "dog"}\n\n{"image": "a/2.png", "target": "cat"}\n'
+    '{"image": "a/1.png", "target": "dog", "split": "val"}\n',
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_manifests_list_pictures(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(PNG)
+    file = tmp_path / f"pictures.{kind}"
+    file.write_text(MANIFESTS[kind])
+    source = open_source(str(file))
+    assert source.classes == ("cat", "dog")
+    assert source.labels.tolist() == [1, 0]
+    assert source.encoded(0) == PNG
+    assert source.describe(1) == str(tmp_path / "a" / "2.png")
+    with pytest.raises(DataError, match=r"^Cannot read .*a/2.png: No such file or directory.$"):
+        source.encoded(1)
+    assert open_source(str(file), split="val").labels.tolist() == [1]
+    with pytest.raises(DataError, match=r"has no split 'vla'. Did you mean: val\? It has: train, val.$"):
+        open_source(str(file), split="vla")
+
+
+def test_indices_in_a_manifest_are_named_by_a_file_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "pictures.csv"
+    file.write_text("path,label\n1.png,1\n2.png,0\n")
+    assert open_source(str(file)).classes == ("0", "1")
+    (tmp_path / "classes.txt").write_text("zebra\nant\nbee\n")
+    source = open_source(str(file))
+    assert (source.classes, source.labels.tolist()) == (("zebra", "ant", "bee"), [1, 0])
+    file.write_text("path,label\n1.png,bee\n")
+    assert open_source(str(file)).labels.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", r"lists no pictures.$"),
+        ("path,label\n", r"lists no pictures.$"),
+        ("picture,label\n1.png,cat\n", r"has the columns picture, label; expected 'path' and 'label'.$"),
+        ("path,label\n1.png,cat\n2.png,\n", r": row 2 has no label.$"),
+        ('path,label\n"1.png,cat\n', r"is not valid CSV: "),
+        ("path,label\n1.png,7\n", r"has labels 7 to 7, but 3 class names.$"),
+        ("path,label\n1.png,-1\n", r"has labels -1 to -1, but 3 class names.$"),
+        ("path,label\n1.png,cut\n", r"sample 0 has the class 'cut'. Did you mean: cat\?$"),
+    ],
+)
+def test_manifests_that_do_not_fit(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "pictures.csv").write_text(text)
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(str(tmp_path / "pictures.csv"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_damaged_jsonl_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pictures.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"pictures.jsonl is not valid JSONL: "):
+        open_source(str(tmp_path / "pictures.jsonl"))
+
+
+def make_shard(path: Path, *samples: dict[str, bytes], first: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, files in enumerate(samples, first):
+            for suffix, data in files.items():
+                member = tarfile.TarInfo(f"{key:04d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def encoded_in_child(source: ImageSource, index: int, answers: Any) -> None:
+    answers.put(source.encoded(index))
+
+
+def test_tar_shards_are_read_at_any_place(tmp_path: Path) -> None:
+    make_shard(tmp_path / "train-00.tar", {"png": PNG, "cls": b"1"}, {"png": PNG + b"x", "cls": b"0"})
+    make_shard(tmp_path / "train-01.tar", {"json": b'{"label": 1}', "jpg": PNG + b"yy"}, first=2)
+    make_shard(tmp_path / "val-00.tar", {"png": PNG, "cls": b"1"})
+    source = open_source(str(tmp_path))
+    assert (source.classes, source.labels.tolist()) == (("0", "1"), [1, 0, 1])
+    assert [source.encoded(i) for i in (2, 0, 1)] == [PNG + b"yy", PNG, PNG + b"x"]
+    assert source.describe(2) == f"{tmp_path / 'train-01.tar'}, sample 0002"
+    assert len(open_source(str(tmp_path), split="val")) == 1
+    assert len(open_source(str(tmp_path / "train-{00..01}.tar"))) == 3
+    assert len(open_source(str(tmp_path / "train-01.tar"))) == 1
+    with pytest.raises(DataError, match=r"train-02.tar of .*train-{00..02}.tar is not there.$"):
+        open_source(str(tmp_path / "train-{00..02}.tar"))
+    context = multiprocessing.get_context("spawn")  # descriptors do not travel
+    answers = context.Queue()
+    child = context.Process(target=encoded_in_child, args=(source, 1, answers))
+    child.start()
+    assert answers.get(timeout=60) == PNG + b"x"
+    child.join()
+
+
+def test_shards_with_class_names(tmp_path: Path) -> None:
+    make_shard(tmp_path / "a.tar", {"png": PNG, "cls": b"dog"}, {"png": PNG, "cls": b"cat\n"})
+    assert open_source(str(tmp_path / "a.tar")).classes == ("cat", "dog")
+    (tmp_path / "classes.txt").write_text("dog\nemu\ncat\n")
+    assert open_source(str(tmp_path / "a.tar")).labels.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "sample, message",
+    [
+        ({"cls": b"1"}, r"a.tar: sample '0000' has no picture, only cls.$"),
+        ({"png": PNG}, r"a.tar: sample '0000' has no label; expected a .cls file.$"),
+        ({"png": PNG, "json": b"{"}, r"a.tar: sample '0000' has no label; expected a .cls file.$"),
+        ({"png": PNG, "cls": b"-3"}, r"has labels -3 to -3, but "),
+    ],
+)
+def test_samples_that_lack_something(tmp_path: Path, sample: dict[str, bytes], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_source(str(make_shard(tmp_path / "a.tar", sample)))
+
+
+@pytest.mark.parametrize("keep", [100, 700, 1100])
+def test_a_damaged_shard_is_named(tmp_path: Path, keep: int) -> None:
+    shard = make_shard(tmp_path / "a.tar", {"cls": b"1", "png": PNG * 20})
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(
+        DataError, match=r"^(Cannot read .*a.tar as a tar shard: .*|.*a.tar: sample '0000' has no picture.*)\.$"
+    ):
+        open_source(str(shard))
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> Path:
+    """20 pictures in two parquet files as :mod:`datasets` writes them: picture i has label i % 3, i trailing bytes."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    for part in range(2):
+        numbers = range(10 * part, 10 * part + 10)
+        images = [{"bytes": PNG + bytes(i), "path": None} for i in numbers]
+        rows = {"image": images, "label": [i % 3 for i in numbers]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{part}.parquet")
+    return tmp_path
+
+
+def test_a_stream_is_read_forwards(streamed: Path) -> None:
+    stream = open_stream(str(streamed), size=20)
+    assert (len(stream), stream.classes) == (20, ("a", "b", "c"))
+    assert [stream.sample(0, i) for i in (0, 3, 19, 4)] == [(PNG + bytes(i), i % 3) for i in (0, 3, 19, 4)]
+    with pytest.raises(DataError, match=r", row 20 of the stream is not there: the stream has fewer than 25.$"):
+        open_stream(str(streamed), size=25).sample(0, 20)
+    with pytest.raises(DataError, match=r" does not say how many records it has; set data.samples.$"):
+        open_stream(str(streamed))
+
+
+@pytest.mark.parametrize("buffer", [1, 6, 1000])
+def test_a_stream_is_shuffled_by_seed_and_epoch(streamed: Path, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.data.sources.stream._BUFFER", buffer)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        stream = open_stream(str(streamed), size=20, seed=seed)
+        return [len(stream.sample(epoch, i)[0]) - len(PNG) for i in range(20)]
+
+    first = order(0, 0)
+    assert sorted(first) == list(range(20))
+    assert order(0, 0) == first
+    if buffer == 1:  # nothing to choose from
+        assert first == list(range(20))
+        return
+    assert order(0, 1) != first
+    assert order(1, 0) != first
+
+
+def test_a_stream_needs_a_hub_or_parquet(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no parquet files; data.streaming reads those, or a Hub data set.$"):
+        open_stream(str(tmp_path))
+    with pytest.raises(DataError, match=r"^Cannot load data set 'owner/name', split 'train': "):
+        open_stream("owner/name")

@@ -21,6 +21,7 @@ from zoo.models._backbone import Backbone
 from zoo.train import device, engine
 from zoo.train.checkpoint import load_checkpoint
 from zoo.train.engine import Result, _Run, train
+from zoo.train.evaluate import evaluate_run
 from zoo.train.finetune import finetune
 from zoo.train.run_folder import RunFolder
 
@@ -348,6 +349,24 @@ def test_a_damaged_picture_stops_the_run_with_its_name(
         train(
             tiny_recipe(**{"data.name": str(tmp_path / "data"), "data.workers": workers}), tmp_path / "run", quiet=True
         )
+
+
+def test_some_damaged_pictures_may_be_skipped(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(class_folder, tmp_path / "data")
+    for name in ("red/03.png", "blue/10.png"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    changes = {"data.name": str(tmp_path / "data"), "data.max_corrupt": 2, "data.workers": 1}
+    result = train(tiny_recipe(**changes), tmp_path / "run", quiet=True)
+    assert read_metrics(result.folder)[-1]["step"] == 12
+
+
+def test_a_split_of_its_own_for_validation(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(class_folder, tmp_path / "data" / "train")
+    shutil.copytree(class_folder / "red", tmp_path / "data" / "val" / "red")
+    recipe = tiny_recipe(**{"data.name": str(tmp_path / "data"), "data.val_split": "val", "schedule.epochs": 1})
+    result = train(recipe, tmp_path / "run", quiet=True)
+    assert read_metrics(result.folder)[0]["step"] == 7  # nothing was held out of the 60
+    assert evaluate_run(result.folder) == {"split": "heldout", "samples": 20, **result.metrics}
 
 
 def test_finetuning_is_compared_with_the_same_from_scratch(

@@ -52,12 +52,30 @@ def test_data_that_has_moved(run: Path, tmp_path: Path) -> None:
 
 
 def test_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^/.*/data, split 'train', has other classes than the run: 10, not 3.$"):
+    with pytest.raises(DataError, match=r"^Split 'train' has the class '0', which the training data has not.$"):
         evaluate_run(run, split="train", root=str(Path(__file__).parents[2] / "zoo/data/embedded/digits.parquet"))
     shutil.copytree(run.parent / "data" / "test", tmp_path / "data")
     (tmp_path / "data" / "green").rename(tmp_path / "data" / "grey")
-    with pytest.raises(DataError, match=r"has other classes than the run: class 1 is 'grey', not 'green'.$"):
+    with pytest.raises(
+        DataError, match=r"the class 'grey', which the training data has not. Did you mean: green, red\?$"
+    ):
         evaluate_run(run, split="train", root=str(tmp_path / "data"))
+
+
+def test_a_class_may_be_missing(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Labels are matched by name: the figures are those of the classes that are there."""
+    shutil.copytree(run.parent / "data" / "test", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "blue")
+    figures = evaluate_run(run, split="train", root=str(tmp_path / "data"))
+    assert figures["samples"] == 20
+    assert caplog.messages == ["Split 'train' has no sample of 1 classes: blue"]
+    whole = evaluate_run(run)
+    assert isinstance(whole["loss"], float)
+    shutil.rmtree(tmp_path / "data" / "green")
+    shutil.rmtree(tmp_path / "data" / "red")
+    shutil.copytree(run.parent / "data" / "test" / "blue", tmp_path / "data" / "blue")
+    blue = evaluate_run(run, split="train", root=str(tmp_path / "data"))
+    assert 30 * whole["loss"] == pytest.approx(20 * figures["loss"] + 10 * blue["loss"])
 
 
 def test_no_such_split_names_the_nearest(run: Path) -> None:

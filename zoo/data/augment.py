@@ -1,10 +1,18 @@
 """Training-time variation of pictures and batches: timm's transforms and mixing, set by a recipe."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from torchvision.transforms import v2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
 
-from zoo.data.image import ToInput, Transform
+from zoo.data.image import Box, Patch, decode_crop
 from zoo.data.loader import Batch, seeded
 from zoo.errors import RecipeError
 from zoo.preprocessing import Preprocessing
@@ -13,26 +21,90 @@ if TYPE_CHECKING:
     from zoo.train.recipe import Augment
 
 
-def train_transform(augment: "Augment", preprocessing: Preprocessing) -> Transform:
-    """RGB picture -> ``[C, H, W]`` float32, randomly cropped, mirrored, recoloured and erased as the recipe says.
+class TrainTransform:
+    """From a picture's file to ``[3, H, W]`` uint8, randomly cropped, mirrored and recoloured, and perhaps erased.
 
-    For three channels it is timm's training transform; for others the picture turns grey before it is normalised.
+    The random numbers are drawn in timm's order, and what recolours is timm's; cropping, resizing and mirroring give
+    what timm gives up to rounding, by torch's faster kernels.
+
+    Args:
+        augment: What to vary.
+        preprocessing: The size, the interpolation, and the colour of what a rotation brings in.
 
     Raises:
         RecipeError: If ``augment.auto_augment`` is not in timm's notation.
     """
-    from timm.data import create_transform
-    from timm.data.random_erasing import RandomErasing
 
+    def __init__(self, augment: "Augment", preprocessing: Preprocessing) -> None:
+        self.augment = augment
+        self.size = preprocessing.img_size
+        self.interpolation = preprocessing.interpolation
+        self.channels = len(preprocessing.mean)
+        self.recolour = _recolour(augment, preprocessing)
+
+    def load(self, data: bytes, name: str) -> tuple[Tensor, Patch | None]:
+        pixels = decode_crop(data, name, self._crop, self.size)
+        pixels = self._resize(pixels)
+        if self.augment.hflip and torch.rand(1) < self.augment.hflip:
+            pixels = pixels.flip(-1)
+        if self.recolour is not None:
+            image = self.recolour(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+            pixels = _pixels(image)
+        return pixels, self._erase()
+
+    def _crop(self, height: int, width: int) -> Box:
+        """A part whose area and proportions are random; after ten that do not fit, the middle."""
+        (smallest, largest), (narrow, wide) = self.augment.scale, self.augment.ratio
+        for _ in range(10):
+            area = random.uniform(smallest, largest) * height * width
+            ratio = math.exp(random.uniform(math.log(narrow), math.log(wide)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return Box(random.randint(0, height - h), random.randint(0, width - w), h, w)
+        w, h = min(width, round(height * wide)), min(height, round(width / narrow))
+        return Box((height - h) // 2, (width - w) // 2, h, w)
+
+    def _resize(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[1:] == self.size:
+            return pixels
+        if self.interpolation == "nearest":
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            return _pixels(image.resize(self.size[::-1], Image.Resampling.NEAREST))
+        # torch's kernel for bytes is fastest on whole pixels side by side.
+        whole = pixels[None].contiguous(memory_format=torch.channels_last)
+        return F.interpolate(whole, self.size, mode=self.interpolation, antialias=True)[0]
+
+    def _erase(self) -> Patch | None:
+        """Noise for a random rectangle, as arXiv:1708.04896 has it, with timm's bounds."""
+        if not self.augment.erasing or random.random() > self.augment.erasing:
+            return None
+        height, width = self.size
+        for _ in range(10):
+            area = random.uniform(0.02, 1 / 3) * height * width
+            ratio = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < h < height and 0 < w < width:
+                top, left = random.randint(0, height - h), random.randint(0, width - w)
+                return Patch(top, left, torch.randn(self.channels, h, w))
+        return None
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _recolour(augment: "Augment", preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image] | None:
+    """timm's colour jitter or policy; None if there is neither."""
+    from timm.data import create_transform
+
+    if not augment.auto_augment and not augment.color_jitter:
+        return None
     mean = preprocessing.mean
     try:
-        crop, recolour, _ = create_transform(
+        _, recolour, _ = create_transform(
             input_size=(3, *preprocessing.img_size),
             is_training=True,
             separate=True,
-            scale=augment.scale,
-            ratio=augment.ratio,
-            hflip=augment.hflip,
             color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # timm's default is wider than its type
             auto_augment=augment.auto_augment or None,
             interpolation=preprocessing.interpolation,
@@ -43,8 +115,24 @@ def train_transform(augment: "Augment", preprocessing: Preprocessing) -> Transfo
             f"augment.auto_augment is {augment.auto_augment!r}; expected timm's notation, such as "
             "'rand-m9-mstd0.5-inc1', 'augmix-m3-w3' or 'original'."
         ) from error
-    erase = [RandomErasing(augment.erasing, mode="pixel", device="cpu")] if augment.erasing else []
-    return v2.Compose([crop, recolour, ToInput(preprocessing), *erase])
+    _mend_posterize(recolour)
+    return recolour
+
+
+def _mend_posterize(transform: Any) -> None:
+    """Let timm's posterisation keep no bit at all, as its magnitudes may ask; Pillow refuses that since version 13."""
+    for name in ("transforms", "ops", "policy"):
+        for part in getattr(transform, name, ()):
+            for each in part if isinstance(part, list) else [part]:
+                _mend_posterize(each)
+    if getattr(getattr(transform, "aug_fn", None), "__name__", "") == "posterize":
+        transform.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class Mixing:
@@ -62,4 +150,5 @@ class Mixing:
 
     def __call__(self, batch: Batch, *seed: int) -> Batch:
         with seeded(*seed):
-            return Batch(*self.mixup(batch.inputs, batch.targets))
+            inputs, targets = self.mixup(batch.inputs, batch.targets)
+        return dataclasses.replace(batch, inputs=inputs, targets=targets)

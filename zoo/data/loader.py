@@ -1,41 +1,56 @@
-"""Batches: which samples, in which order, on which process, decoded and transformed.
+"""Batches: which samples, in which order, on which process, decoded and transformed. For pictures and text alike.
 
 The order of an epoch is a permutation drawn from (seed, epoch). Each sample's augmentation is drawn from (seed, epoch,
-sample), so it depends neither on the workers nor on the batch that the sample falls in.
+sample), so it depends neither on the workers nor on the batch that the sample falls in. What all processes together
+have consumed of an epoch is always a beginning of that order; hence an epoch goes on where it stopped on any number of
+processes, without losing or repeating a sample.
 """
 
+import dataclasses
 import random
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from zoo.data.image import Transform, decode_image
-from zoo.data.sources import ImageSource
-from zoo.errors import DataError
+from zoo.data.image import Patch, Transform
+from zoo.data.sources import ImageSource, StreamSource
+from zoo.data.tokens import Rows
+from zoo.errors import DataError, TrainingError, reason
+
+_ATTEMPTS = 100  # pictures tried in place of one that cannot be read
 
 
 @dataclass
 class Batch:
     """One batch on its way to the model."""
 
-    inputs: Tensor  # [B, C, H, W] float32
-    targets: Tensor  # [B] int64 class indices, or [B, num_classes] float32 after mixing
+    inputs: Tensor  # [B, 3, H, W] uint8 pictures, float32 once they are normalised; or [B, T] integers: tokens
+    targets: Tensor  # [B] class indices, [B, num_classes] float32 after mixing, or [B, T] tokens
+    indices: Tensor  # [B] int64: which samples of the data set these are
+    positions: Tensor | None = None  # [B, T] of each token in its document
+    patches: tuple[Patch | None, ...] = ()  # for each picture, what erases a part of it
+    skipped: dict[str, str] = field(default_factory=dict)  # what could not be read: where it is, and why
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, from which copies to a GPU need not be waited for."""
-        return Batch(self.inputs.pin_memory(), self.targets.pin_memory())
+        return self._map(Tensor.pin_memory)
 
-    def to(self, device: torch.device, *, channels_last: bool = False) -> "Batch":
+    def to(self, device: torch.device) -> "Batch":
         """A copy on ``device``."""
-        layout = torch.channels_last if channels_last and self.inputs.ndim == 4 else torch.preserve_format
-        inputs = self.inputs.to(device, non_blocking=True, memory_format=layout)
-        return Batch(inputs, self.targets.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        tensors: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
 
 
 def derive_seed(*parts: int) -> int:
@@ -64,90 +79,191 @@ def seeded(*parts: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class ImageDataset(Dataset):
-    """Chosen samples of a source, decoded and transformed. Indexed by ``(epoch, position)``."""
+Key = tuple[int, int]  # (epoch, position in the data set)
 
-    def __init__(self, source: ImageSource, indices: np.ndarray, transform: Transform, *, seed: int) -> None:
+
+class Samples(ABC, Dataset):
+    """What a :class:`Loader` draws batches from. The keys it is given hold one epoch."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, keys: Sequence[Key]) -> Batch:
+        """The batch of these samples.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
+        try:
+            return self.batch(keys)
+        except DataError as error:
+            return error  # handed over as a value: a worker's exception arrives with its traceback as the message
+
+
+class ImageSamples(Samples):
+    """Chosen pictures of a source, decoded and transformed.
+
+    Args:
+        source: The pictures.
+        indices: Which of them; a stream has all.
+        transform: Its random numbers are drawn from (seed, epoch, sample).
+        seed: See there.
+        replace: Put another picture, drawn from the same numbers, in the place of one that cannot be read, as training
+            needs batches of equal size; else it is left out.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | StreamSource,
+        indices: np.ndarray | None,
+        transform: Transform,
+        *,
+        seed: int,
+        replace: bool = False,
+    ) -> None:
         self.source = source
         self.indices = indices
         self.transform = transform
         self.seed = seed
+        self.replace = replace
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.source) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, key: tuple[int, int]) -> "tuple[Tensor, int] | DataError":
-        epoch, position = key
-        index = int(self.indices[position])
+    def batch(self, keys: Sequence[Key]) -> Batch:
+        samples, positions, skipped = [], [], {}
+        for epoch, position in keys:
+            for attempt in range(_ATTEMPTS):
+                try:
+                    samples.append(self._load(epoch, position))
+                    positions.append(position)
+                    break
+                except DataError as error:
+                    skipped[self._describe(position)] = str(error)
+                if not self.replace or isinstance(self.source, StreamSource):
+                    break
+                position = derive_seed(self.seed, epoch, position, attempt) % len(self)
+        if not samples:  # nothing to make a batch of
+            raise DataError(next(iter(skipped.values())))
+        pictures, patches, labels = zip(*samples, strict=True)
+        # Pixel by pixel in memory, as they were decoded and as convolutions like them best.
+        inputs = _stacked([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
+        return Batch(inputs, torch.tensor(labels), torch.tensor(positions), patches=patches, skipped=skipped)
+
+    def _describe(self, position: int) -> str:
+        return self.source.describe(position if self.indices is None else int(self.indices[position]))
+
+    def _load(self, epoch: int, position: int) -> tuple[Tensor, Patch | None, int]:
+        if isinstance(self.source, StreamSource):
+            index = position
+            data, label = self.source.sample(epoch, position)
+        else:
+            index = position if self.indices is None else int(self.indices[position])
+            data, label = self.source.encoded(index), int(self.source.labels[index])
         if get_worker_info() is None:
             with seeded(self.seed, epoch, index):
-                return self._load(index)
+                return *self.transform.load(data, self.source.describe(index)), label
         seed_everything(self.seed, epoch, index)  # nobody else draws from a worker's generators
-        try:
-            return self._load(index)
-        except DataError as error:
-            return error  # handed over as a value: a worker's exception arrives with its traceback as the message
+        return *self.transform.load(data, self.source.describe(index)), label
 
-    def _load(self, index: int) -> tuple[Tensor, int]:
-        picture = decode_image(self.source.encoded(index), self.source.describe(index))
-        return self.transform(picture), int(self.source.labels[index])
+
+class TextSamples(Samples):
+    """Rows of tokens, to predict the next token of each."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, keys: Sequence[Key]) -> Batch:
+        chosen = [position for _, position in keys]
+        inputs, targets, positions = map(torch.from_numpy, self.rows.read(chosen))
+        return Batch(inputs, targets, torch.tensor(chosen), positions)
 
 
 class EpochSampler:
-    """Yields the batches of one epoch as lists of ``(epoch, position)``, for one of ``world`` processes.
+    """Yields the batches of one epoch as lists of keys, for one of ``world`` processes.
+
+    Process r takes every ``world``-th sample of the epoch's order, from the r-th on; so what all have consumed after
+    equal numbers of batches is a beginning of that order.
 
     Args:
         size: Samples in the data set.
         batch_size: Samples a batch and process.
-        shuffle: Permute every epoch, and drop the last, incomplete batch so that all processes make equal steps.
-            Without it, samples keep their order and every one comes exactly once.
+        shuffle: Permute every epoch.
+        drop_last: Drop the last, incomplete batch, so that all processes make equal steps; else every sample comes
+            exactly once. By default as ``shuffle``.
         seed: Decides the permutations.
         rank, world: This process and how many there are.
     """
 
     def __init__(
-        self, size: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        drop_last: bool | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
         self.shuffle = shuffle
+        self.drop_last = shuffle if drop_last is None else drop_last
         self.seed = seed
         self.rank = rank
         self.world = world
         self.epoch = 0
-        self.start = 0  # batches of the epoch to leave out, when resuming in mid-epoch
+        self.consumed = 0  # samples at the beginning of the epoch's order that are done, by all processes
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch to yield next, and how many of its batches are done already."""
-        self.epoch, self.start = epoch, start
+    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Choose the epoch to yield next, and how many of its samples all processes together have done already."""
+        self.epoch, self.consumed = epoch, consumed
 
     def __len__(self) -> int:
-        per_process = self.size / self.world
-        count = int(per_process // self.batch_size) if self.shuffle else int(np.ceil(per_process / self.batch_size))
-        return count - self.start
+        each = (self.size - self.consumed) / (self.world * self.batch_size)
+        return int(each) if self.drop_last else int(np.ceil(each))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         order = np.arange(self.size)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        mine = order[self.rank :: self.world]
-        for step in range(self.start, self.start + len(self)):
+        mine = order[self.consumed + self.rank :: self.world]
+        for step in range(len(self)):
             chosen = mine[step * self.batch_size : (step + 1) * self.batch_size]
             if len(chosen):
                 yield [(self.epoch, int(position)) for position in chosen]
 
 
 class Loader:
-    """Iterates over :class:`Batch`; call :meth:`set_epoch` before each epoch of training."""
+    """Iterates over :class:`Batch`; call :meth:`set_epoch` before each epoch of training.
 
-    def __init__(self, dataset: ImageDataset, sampler: EpochSampler, *, workers: int = 0) -> None:
-        self.dataset = dataset
+    Attributes:
+        skipped: What could not be read so far: where it is, and why.
+
+    Args:
+        samples: What batches are made of.
+        sampler: Which samples, in which order.
+        workers: Processes that make them.
+        max_corrupt: How many samples may be unreadable before that is an error.
+    """
+
+    def __init__(self, samples: Samples, sampler: EpochSampler, *, workers: int = 0, max_corrupt: int = 0) -> None:
+        self.samples = samples
         self.sampler = sampler
+        self.max_corrupt = max_corrupt
+        self.skipped: dict[str, str] = {}
         self._loader: DataLoader = DataLoader(
-            dataset,
+            samples,
             batch_sampler=sampler,  # type: ignore[arg-type]  # torch asks for a Sampler only in its annotation
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             # Not forkserver, Python 3.14's default: it pickles the data set for every worker, and its workers outlive a
@@ -157,32 +273,60 @@ class Loader:
             generator=torch.Generator(),  # or each epoch would draw a number from torch's global one
         )
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and the number of its batches to leave out."""
-        self.sampler.set_epoch(epoch, start)
+    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Choose the epoch, and how many of its samples all processes together have done already."""
+        self.sampler.set_epoch(epoch, consumed)
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise TrainingError(
+                    f"A data worker died: {reason(error)}. Most often memory ran out; lower data.workers."
+                ) from error
             if isinstance(batch, DataError):
                 raise batch
+            self._count(batch.skipped)
             yield batch
+
+    def _count(self, skipped: dict[str, str]) -> None:
+        if not skipped:
+            return
+        self.skipped |= skipped
+        if len(self.skipped) > self.max_corrupt:
+            last = list(skipped.values())[-1]
+            if not self.max_corrupt:
+                raise DataError(last)
+            raise DataError(
+                f"{len(self.skipped)} samples cannot be read, data.max_corrupt allows {self.max_corrupt}. {last}"
+            )
 
     def close(self) -> None:
         """End the worker processes, which otherwise wait for the next epoch. The loader is of no use afterwards."""
         del self._loader
 
 
-def _collate(samples: list[tuple[Tensor, int] | DataError]) -> Batch | DataError:
-    images, labels = [], []
-    for sample in samples:
-        if isinstance(sample, DataError):
-            return sample
-        images.append(sample[0])
-        labels.append(sample[1])
-    return Batch(torch.stack(images), torch.tensor(labels))
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """``torch.stack``; in a worker straight into the memory that it shares with the training process."""
+    if get_worker_info() is None:
+        return torch.stack(tensors)
+    count = len(tensors) * tensors[0].numel()
+    storage = torch.UntypedStorage._new_shared(count * tensors[0].element_size(), device="cpu")
+    flat = torch.empty(0, dtype=tensors[0].dtype).set_(storage, 0, (count,), (1,))  # type: ignore[call-overload]
+    return torch.stack(tensors, out=flat.view(len(tensors), *tensors[0].shape))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def _one_thread(_: int) -> None:

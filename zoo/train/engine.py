@@ -108,7 +108,7 @@ class _Run:
         if self.steps_per_epoch == 0:
             raise RecipeError(
                 f"train.batch_size {recipe.train.batch_size} x accumulate {recipe.train.accumulate} is more than the "
-                f"{len(self.task.train_indices)} training samples; lower one of them."
+                f"{len(self.train_loader.samples)} training samples; lower one of them."
             )
         model = self.task.model
         if recipe.train.channels_last:
@@ -175,7 +175,7 @@ class _Run:
     def _train_epoch(self, epoch: int) -> None:
         recipe, accelerator = self.recipe, self.accelerator
         first = self.step - epoch * self.steps_per_epoch
-        self.train_loader.set_epoch(epoch, first * recipe.train.accumulate)
+        self.train_loader.set_epoch(epoch, first * self.progress.samples_per_step)
         self.progress.start_epoch(epoch)
         self.model.train()
         batches = iter(self.train_loader)
@@ -211,7 +211,7 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         losses = []
         for micro in range(recipe.train.accumulate):
-            batch = next(batches).to(accelerator.device, channels_last=recipe.train.channels_last)
+            batch = self.task.prepare(next(batches), accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     loss = self.task.loss(self.model, batch, recipe.seed, self.step, micro, accelerator.process_index)
@@ -274,7 +274,7 @@ class _Run:
         if self.ema is not None:
             candidates["ema"] = self.ema.module
         for name, model in candidates.items():
-            figures = evaluate(model, self.val_loader, accelerator, channels_last=recipe.train.channels_last)
+            figures = evaluate(model, self.val_loader, self.task.prepare, accelerator)
             row.update({f"{name}_{key}": value for key, value in figures.items()})
         self.history.append(row)
         self.loss_sum = 0.0
@@ -337,7 +337,7 @@ class _Run:
         record.write(folder)
         write_json(folder.environment, _environment(self.accelerator))
         index = int(task.val_indices[0])
-        sample = decode_image(task.source.encoded(index), task.source.describe(index))
+        sample = decode_image(task.val_source.encoded(index), task.val_source.describe(index))
         with write_file(folder.sample) as file:
             sample.save(file, "PNG")
         write_text(folder.recipe, self.recipe.to_toml())

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zoo.data.sources import open_source, stratified_holdout
-from zoo.errors import DataError, RecipeError
+from zoo.data.sources import stratified_holdout
+from zoo.errors import RecipeError
 from zoo.inference import load_run
 from zoo.train.device import make_accelerator
 from zoo.train.recipe import load_recipe
 from zoo.train.run_folder import RunFolder
-from zoo.train.tasks import eval_loader, evaluate
+from zoo.train.tasks import Prepare, eval_loader, evaluate, open_split
 
 
 def evaluate_run(
@@ -21,8 +21,8 @@ def evaluate_run(
 
     Args:
         path: The run folder.
-        split: ``"heldout"`` for the part of the training split that was held out, or a split of the data set; empty:
-            the recipe's test split, or the held-out part if it names none.
+        split: ``"heldout"`` for what was looked at while training, or a split of the data set; empty: the recipe's test
+            split, or else ``"heldout"``.
         root: A local copy of the data set, if it has moved.
         weights: A safetensors file to evaluate instead of the run's own.
 
@@ -31,20 +31,18 @@ def evaluate_run(
 
     Raises:
         WeightsError: If this is not a run folder.
-        DataError: If the data cannot be read, or its classes are not the run's.
+        DataError: If the data cannot be read, or it has a class that the run has not.
     """
     classifier = load_run(path, weights=weights)
     folder = RunFolder(Path(path))
     recipe = load_recipe(folder.recipe)
     data = recipe.data
     split = split or data.test_split or "heldout"
-    name = data.train_split if split == "heldout" else split
-    source = open_source(data.name, split=name, root=root or data.root)
-    if source.classes != classifier.labels:
-        difference = _differences(source.classes, classifier.labels)
-        raise DataError(f"{data.name}, split {name!r}, has other classes than the run: {difference}.")
+    held_out = split == "heldout"
+    name = (data.val_split or data.train_split) if held_out else split
+    source = open_split(data, name, classifier.labels, root=root)
     indices = np.arange(len(source))
-    if split == "heldout":
+    if held_out and not data.val_split:
         indices = stratified_holdout(source.labels, data.holdout, recipe.seed)[1]
     try:
         accelerator = make_accelerator(recipe.train.precision)  # so that the figures are those seen in training
@@ -54,12 +52,6 @@ def evaluate_run(
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = eval_loader(source, indices, classifier.preprocessing, recipe, accelerator)
-    figures = evaluate(model, loader, accelerator, channels_last=recipe.train.channels_last)
+    prepare = Prepare(classifier.preprocessing, channels_last=recipe.train.channels_last)
+    figures = evaluate(model, loader, prepare, accelerator)
     return {"split": split, "samples": len(indices), **figures}
-
-
-def _differences(found: tuple[str, ...], expected: tuple[str, ...]) -> str:
-    if len(found) != len(expected):
-        return f"{len(found)}, not {len(expected)}"
-    index = next(i for i in range(len(found)) if found[i] != expected[i])
-    return f"class {index} is {found[index]!r}, not {expected[index]!r}"

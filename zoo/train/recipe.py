@@ -32,11 +32,15 @@ class Model:
 class Data:
     """What it is trained on."""
 
-    name: str = ""  # "digits", a folder, a parquet file, or a Hub data set as owner/name
+    name: str = ""  # what zoo.data.sources.open_source takes: "digits", a folder, a file, or a Hub data set
     root: str = ""  # a local copy that stands for the name
     train_split: str = "train"
-    test_split: str = ""  # evaluated by `zoo eval`; empty: the held-out part is all there is
-    holdout: float = 0.1  # share of the training split held out, stratified, for validation while training
+    val_split: str = ""  # looked at while training; empty: a part of the training split is held out
+    test_split: str = ""  # evaluated by `zoo eval`; empty: what is looked at while training is all there is
+    holdout: float = 0.1  # share of the training split held out, stratified, if there is no val_split
+    streaming: bool = False  # read the training split of a Hub data set as it arrives, shuffled through a buffer
+    samples: int = 0  # in an epoch of a stream; 0: as the Hub says
+    max_corrupt: int = 0  # samples that may be unreadable: skipped, counted and listed in the report
     workers: int = 1  # processes that decode and augment
     crop_pct: float = 0.0  # share of the resized picture that evaluation sees; 0: as the weights were trained
     interpolation: str = ""  # "bicubic", "bilinear" or "nearest"; empty: as the weights were trained
@@ -252,6 +256,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: 0 <= value < math.inf,
         (
             "seed",
+            "data.samples",
+            "data.max_corrupt",
             "data.workers",
             "augment.color_jitter",
             "augment.mixup",
@@ -297,6 +303,8 @@ def _check(recipe: Recipe) -> list[str]:
         problems.append("model.name is empty, expected a model (`zoo list` shows them)")
     if not recipe.data.name:
         problems.append("data.name is empty, expected a data set")
+    if recipe.data.streaming and not recipe.data.val_split:
+        problems.append("data.streaming cannot hold a part out, expected data.val_split")
     if model.pretrained and model.checkpoint:
         problems.append("model has both pretrained and checkpoint, expected one of them")
     if recipe.train.from_scratch and not (model.pretrained or model.checkpoint):

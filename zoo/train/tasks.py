@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from zoo.data.augment import Mixing, train_transform
-from zoo.data.image import eval_transform
-from zoo.data.loader import Batch, EpochSampler, ImageDataset, Loader
-from zoo.data.sources import ImageSource, open_source, stratified_holdout
+from zoo.data.augment import Mixing, TrainTransform
+from zoo.data.image import EvalTransform, Normalise
+from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader
+from zoo.data.sources import ImageSource, Relabelled, StreamSource, open_source, open_stream, stratified_holdout
 from zoo.errors import DataError, RecipeError
 from zoo.factory import create_model
 from zoo.preprocessing import Preprocessing
@@ -39,9 +39,8 @@ class ImageClassification:
         data = recipe.data
         overrides = dict(recipe.model.overrides)
         get_config(recipe.model.name).override(**overrides)  # a mistake shows before the data is read
-        self.source = open_source(data.name, split=data.train_split, root=data.root)
+        self._open_data(recipe)
         self.classes = self.source.classes
-        self.train_indices, self.val_indices = stratified_holdout(self.source.labels, data.holdout, recipe.seed)
         num_classes = overrides.pop("num_classes", len(self.classes))
         if num_classes != len(self.classes):
             raise DataError(
@@ -57,31 +56,55 @@ class ImageClassification:
             **overrides,
         )
         self.preprocessing = preprocessing_of(self.model, data)
+        self.prepare = Prepare(self.preprocessing, channels_last=recipe.train.channels_last)
         augment = recipe.augment
         self.mixing = Mixing(augment, num_classes) if augment.mixup or augment.cutmix else None
         self.smoothing = 0.0 if self.mixing else augment.smoothing  # mixing smooths the labels itself
         if self.mixing and recipe.train.batch_size % 2:
             raise RecipeError(f"train.batch_size is {recipe.train.batch_size}; mixup and cutmix need an even one.")
 
+    def _open_data(self, recipe: Recipe) -> None:
+        data = recipe.data
+        self.source: ImageSource | StreamSource
+        self.train_indices: np.ndarray | None = None  # all
+        if data.streaming:
+            self.source = open_stream(
+                data.name, split=data.train_split, root=data.root, size=data.samples, seed=recipe.seed
+            )
+        else:
+            self.source = open_source(data.name, split=data.train_split, root=data.root)
+        if data.val_split:
+            self.val_source = open_split(data, data.val_split, self.source.classes)
+            self.val_indices = np.arange(len(self.val_source))
+        else:
+            assert isinstance(self.source, ImageSource)  # a stream has a val_split: the recipe was checked
+            self.val_source = self.source
+            self.train_indices, self.val_indices = stratified_holdout(self.source.labels, data.holdout, recipe.seed)
+
     def train_loader(self, accelerator: Accelerator) -> Loader:
         """Shuffled, augmented batches for this process."""
         recipe = self.recipe
-        dataset = ImageDataset(
-            self.source, self.train_indices, train_transform(recipe.augment, self.preprocessing), seed=recipe.seed
+        dataset = ImageSamples(
+            self.source,
+            self.train_indices,
+            TrainTransform(recipe.augment, self.preprocessing),
+            seed=recipe.seed,
+            replace=True,
         )
         sampler = EpochSampler(
             len(dataset),
             recipe.train.batch_size,
-            shuffle=True,
+            shuffle=not recipe.data.streaming,  # a stream shuffles itself
+            drop_last=True,
             seed=recipe.seed,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
         )
-        return Loader(dataset, sampler, workers=recipe.data.workers)
+        return Loader(dataset, sampler, workers=recipe.data.workers, max_corrupt=recipe.data.max_corrupt)
 
     def val_loader(self, accelerator: Accelerator) -> Loader:
-        """The held-out part of the training split, every sample once."""
-        return eval_loader(self.source, self.val_indices, self.preprocessing, self.recipe, accelerator)
+        """The validation split, or the held-out part of the training split; every sample once."""
+        return eval_loader(self.val_source, self.val_indices, self.preprocessing, self.recipe, accelerator)
 
     def loss(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
         """Mean loss of a training batch; ``seed`` decides how it is mixed."""
@@ -105,6 +128,32 @@ def preprocessing_of(model: Any, data: Data) -> Preprocessing:
     return dataclasses.replace(own, **{key: value for key, value in changes.items() if value})
 
 
+def open_split(data: Data, split: str, classes: tuple[str, ...], *, root: str = "") -> ImageSource:
+    """A split to evaluate on, with its labels in the order of ``classes``; warns of classes that it has no sample of.
+
+    Raises:
+        DataError: If it cannot be read, or has a class that is not among them.
+    """
+    source = Relabelled(open_source(data.name, split=split, root=root or data.root), classes, f"Split {split!r}")
+    if source.missing:
+        shown = ", ".join(source.missing[:5]) + (", ..." if len(source.missing) > 5 else "")
+        _logger.warning("Split %r has no sample of %d classes: %s", split, len(source.missing), shown)
+    return source
+
+
+class Prepare:
+    """Takes a batch of pictures to the device and normalises it there."""
+
+    def __init__(self, preprocessing: Preprocessing, *, channels_last: bool) -> None:
+        self.normalise = Normalise(preprocessing, reuse=True)  # a batch is done with when the next one comes
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, batch: Batch, device: torch.device) -> Batch:
+        batch = batch.to(device)
+        inputs = self.normalise(batch.inputs, batch.patches).contiguous(memory_format=self.layout)
+        return dataclasses.replace(batch, inputs=inputs, patches=())
+
+
 def eval_loader(
     source: ImageSource,
     indices: np.ndarray,
@@ -113,7 +162,7 @@ def eval_loader(
     accelerator: Accelerator,
 ) -> Loader:
     """Batches for evaluation: in order, every sample exactly once over all processes."""
-    dataset = ImageDataset(source, indices, eval_transform(preprocessing), seed=0)
+    dataset = ImageSamples(source, indices, EvalTransform(preprocessing), seed=0)
     sampler = EpochSampler(
         len(dataset),
         recipe.train.batch_size,
@@ -121,18 +170,18 @@ def eval_loader(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
-    return Loader(dataset, sampler, workers=recipe.data.workers)
+    return Loader(dataset, sampler, workers=recipe.data.workers, max_corrupt=recipe.data.max_corrupt)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator, *, channels_last: bool) -> dict[str, float]:
+def evaluate(model: nn.Module, loader: Loader, prepare: Prepare, accelerator: Accelerator) -> dict[str, float]:
     """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' batches."""
     was_training = model.training
     model.eval()
     double = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS has not
     totals = torch.zeros(4, dtype=double, device=accelerator.device)  # loss, top-1, top-5, samples
     for batch in loader:
-        batch = batch.to(accelerator.device, channels_last=channels_last)
+        batch = prepare(batch, accelerator.device)
         with accelerator.autocast():
             logits = model(batch.inputs)
         logits = logits.float()

@@ -1,0 +1,109 @@
+"""What every source of pictures has."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from zoo.errors import DataError, nearest
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+EMBEDDED = Path(__file__).parents[1] / "embedded"
+
+
+class ImageSource(ABC):
+    """Labelled pictures in a fixed order.
+
+    Attributes:
+        classes: Class names; a label is an index into them.
+        labels: ``[N]`` int64.
+    """
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def encoded(self, index: int) -> bytes:
+        """The picture as its file's bytes.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """Where the picture is, for error messages."""
+
+
+class Relabelled(ImageSource):
+    """A source with its labels in the class order of another, matched by class name.
+
+    Classes of the other that this one has no picture of are in :attr:`missing`.
+
+    Raises:
+        DataError: If this source has a class that the other has not.
+    """
+
+    def __init__(self, source: ImageSource, classes: tuple[str, ...], name: str) -> None:
+        strange = [each for each in source.classes if each not in classes]
+        if strange:
+            raise DataError(
+                f"{name} has the class {strange[0]!r}, which the training data has not.{nearest(strange[0], classes)}"
+            )
+        order = {each: i for i, each in enumerate(classes)}
+        self.source, self.classes = source, classes
+        self.labels = np.asarray([order[each] for each in source.classes], dtype=np.int64)[source.labels]
+        self.missing = [classes[i] for i in np.setdiff1d(np.arange(len(classes)), self.labels)]
+
+    def encoded(self, index: int) -> bytes:
+        return self.source.encoded(index)
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(index)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def check_labels(labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
+    """Raise :class:`DataError` if there are no labels, or one is no index into ``classes``."""
+    if len(labels) == 0:
+        raise DataError(f"{name} is empty.")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(f"{name} has labels {labels.min()} to {labels.max()}, but {len(classes)} class names.")
+
+
+def labels_and_classes(values: Sequence[str], names: Sequence[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as text -> ``[N]`` int64 and class names.
+
+    Whole numbers are indices into ``names``, or name themselves where there are none; other texts are class names,
+    whose order is that of ``names``, or else alphabetical.
+
+    Raises:
+        DataError: If an index is out of range or a class is not among ``names``.
+    """
+    if values and all(value.lstrip("-").isdigit() for value in values):
+        labels = np.asarray([int(value) for value in values], dtype=np.int64)
+        classes = tuple(names) or tuple(str(i) for i in range(int(labels.max()) + 1))
+    else:
+        classes = tuple(names) or tuple(sorted(set(values)))
+        order = {name: i for i, name in enumerate(classes)}
+        for i, value in enumerate(values):
+            if value not in order:
+                raise DataError(f"{where}: sample {i} has the class {value!r}.{nearest(value, classes)}")
+        labels = np.asarray([order[value] for value in values], dtype=np.int64)
+    check_labels(labels, classes, where)
+    return labels, classes
