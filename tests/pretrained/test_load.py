@@ -309,3 +309,10 @@ def test_the_authors_file_is_fetched_and_converted(
     out = client.run(CONVERT.format(endpoint=hub.endpoint))
     assert out.endswith(f"loaded {state['head.linear.weight'].double().sum().item()}")
     assert hub.downloads() == [release]
+
+
+def test_large_numbers_are_not_taken_for_infinite_ones(tmp_path: Path) -> None:
+    large = {"a": torch.full((4,), 3e38), "b": torch.full((4,), 1e308, dtype=torch.float64)}
+    large["c"] = torch.full((9,), 6e4, dtype=torch.float16)
+    save_safetensors(large, tmp_path / "a.safetensors")
+    assert load_state_dict(tmp_path / "a.safetensors").keys() == large.keys()

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import zoo
 from zoo.errors import WeightsError, reason
-from zoo.pretrained.files import cache_folder, git_oid_of, sha256_of
+from zoo.pretrained.files import cache_folder, git_oid_of, has_sha256, sha256_of
 
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -63,10 +63,9 @@ def check_sha256(path: Path, sha256: str, owner: str) -> None:
     Raises:
         WeightsError: With both.
     """
-    found = sha256_of(path)
-    if found != sha256:
+    if not has_sha256(path, sha256):
         raise WeightsError(
-            f"{path}: not the file that belongs to {owner}: its sha256 is {found}, expected {sha256}. "
+            f"{path}: not the file that belongs to {owner}: its sha256 is {sha256_of(path)}, expected {sha256}. "
             "It is not loaded; the file was changed at its source, or damaged here."
         )
 
@@ -120,7 +119,7 @@ def _is_whole(path: Path) -> bool:
     """Whether a file of the Hub's cache has the hash it is filed under; True where it is filed otherwise."""
     name = path.readlink().name if path.is_symlink() else ""
     if re.fullmatch(r"[0-9a-f]{64}", name):
-        return sha256_of(path) == name
+        return has_sha256(path, name)
     return git_oid_of(path) == name if re.fullmatch(r"[0-9a-f]{40}", name) else True
 
 
@@ -177,7 +176,7 @@ def url_file(url: str, sha256: str = "", *, name: str = "") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # a second process waits, and finds the file
             if path.is_file():
-                if not sha256 or sha256_of(path) == sha256:
+                if not sha256 or has_sha256(path, sha256):
                     return path
                 _logger.warning("%s is damaged in the cache: fetching it again", path)
                 path.unlink()

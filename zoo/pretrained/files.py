@@ -4,6 +4,7 @@ What comes from the Hub is in huggingface_hub's cache. Beside it, in ``$HF_HOME/
 
     downloads/<sha256>/<file>         fetched from a URL
     converted/<model.tag>.safetensors   converted from the authors' file
+    verified/<sha256>                 which file was last found to have this hash
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from zoo.atomic import write_atomically
 from zoo.errors import WeightsError, reason
 
 _MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
@@ -53,6 +55,40 @@ def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def has_sha256(path: Path, sha256: str) -> bool:
+    """Whether a file's content has this hash; not computed again while the file is as it was when it had.
+
+    "As it was" is what the file system says: same place, size, and times of its last write and of its last change of
+    any kind, which programs cannot set. ``zoo weights verify`` does not rely on it.
+    """
+    mark, state = cache_folder("verified") / sha256, _state_of(path)
+    try:
+        if mark.read_text() == state:
+            return True
+    except (OSError, ValueError):
+        pass  # not verified before
+    if sha256_of(path) != sha256:
+        return False
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(mark) as file:
+            file.write(state.encode())
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return True
+
+
+def forget_verified() -> None:
+    """Have :func:`has_sha256` compute every hash anew."""
+    for mark in cache_folder("verified").glob("*"):
+        mark.unlink(missing_ok=True)
+
+
+def _state_of(path: Path) -> str:
+    state = path.stat()
+    return f"{state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 def git_oid_of(path: str | Path) -> str:

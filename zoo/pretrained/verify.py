@@ -9,6 +9,7 @@ from zoo.errors import WeightsError
 from zoo.factory import build
 from zoo.pretrained.convert import convert_state_dict
 from zoo.pretrained.fetch import fetch
+from zoo.pretrained.files import forget_verified
 from zoo.pretrained.load import load_state_dict
 from zoo.pretrained.manifest import Weights
 
@@ -24,6 +25,7 @@ def verify(weights: Weights) -> list[str]:
     Raises:
         WeightsError: If one of the checks fails, with the reason.
     """
+    forget_verified()  # every hash is computed anew
     state = load_state_dict(fetch(weights))  # which checks the hash, the structure of the file and the values
     state = convert_state_dict(state, weights.model, **weights.config)
     checked = [f"{len(state)} keys and shapes", "finite values"]
