@@ -88,15 +88,33 @@ def load_run(
     """The classifier that a run folder holds, or the same with the weights of another file.
 
     Raises:
-        WeightsError: If it is not a run folder, or its run has not finished an epoch.
+        WeightsError: If it is not a run folder, its run has not finished an epoch, or it is no classifier's.
     """
+    return as_classifier(*load_model(path, weights=weights, device=device), path)
+
+
+def load_model(
+    path: str | Path, *, weights: str | Path | None = None, device: str | torch.device | None = None
+) -> tuple[nn.Module, ModelRecord]:
+    """The model that a run folder holds, in eval mode, and what belongs to it. Arguments and errors as above."""
     folder = RunFolder(Path(path))
     record = ModelRecord.read(folder)
     if weights is None and not folder.weights.is_file():
         raise WeightsError(f"{folder.path} has no {folder.weights.name}: the run has not finished its first epoch.")
     network: Any = build(record.config, device=device)
     fit_state_dict(network, load_state_dict(weights or folder.weights), family_of(record.config))
-    return Classifier(network.eval(), record.preprocessing, record.labels)
+    return network.eval(), record
+
+
+def as_classifier(model: nn.Module, record: ModelRecord, path: str | Path) -> Classifier:
+    """A model with its record as a classifier.
+
+    Raises:
+        WeightsError: If it is no classifier; ``path`` says whose.
+    """
+    if record.preprocessing is None:
+        raise WeightsError(f"{path} holds {record.name}, which reads text; expected a classifier of pictures.")
+    return Classifier(model, record.preprocessing, record.labels)
 
 
 def _check_device(device: str | torch.device | None) -> None:
