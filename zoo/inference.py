@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from zoo.data.image import EvalTransform, Normalise, as_rgb, read_image
-from zoo.errors import ConfigError, WeightsError, reason
-from zoo.factory import build, create_model
+from zoo.errors import WeightsError
+from zoo.factory import build, check_device, create_model
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.pretrained.source import find_weights, is_source
@@ -72,7 +72,7 @@ def load_classifier(model: str | Path, *, device: str | torch.device | None = No
         UnknownModelError, WeightsError: If there is no such model, folder, or file.
         ConfigError: If the device cannot be used.
     """
-    _check_device(device)
+    check_device(device)
     if Path(model).is_dir():
         return load_run(model, device=device)
     if not is_source(model) and (not isinstance(model, str) or len(Path(model).parts) > 1):
@@ -115,13 +115,6 @@ def as_classifier(model: nn.Module, record: ModelRecord, path: str | Path) -> Cl
     if record.preprocessing is None:
         raise WeightsError(f"{path} holds {record.name}, which reads text; expected a classifier of pictures.")
     return Classifier(model, record.preprocessing, record.labels)
-
-
-def _check_device(device: str | torch.device | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"Device {str(device)!r} cannot be used here: {reason(error)}.") from error
 
 
 def class_names(labels: tuple[str, ...] | str) -> tuple[str, ...]:
