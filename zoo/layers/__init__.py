@@ -5,6 +5,7 @@ from zoo.layers.conv_norm import ConvNorm, NormLinear, fold_norm, fuse_batch_nor
 from zoo.layers.drop import DropPath, drop_path_rates
 from zoo.layers.layer_scale import LayerScale, LayerScale2d, fold_layer_scale
 from zoo.layers.linear import TruncNormalLinear
+from zoo.layers.packed_conv import PackedConv2d, pack_convolutions
 from zoo.layers.pool import GlobalPool
 from zoo.layers.squeeze_excite import SqueezeExcite, make_divisible
 
@@ -16,6 +17,7 @@ __all__ = [
     "LayerScale",
     "LayerScale2d",
     "NormLinear",
+    "PackedConv2d",
     "SqueezeExcite",
     "TruncNormalLinear",
     "drop_path_rates",
@@ -24,5 +26,6 @@ __all__ = [
     "fuse_batch_norm",
     "fuse_pairs",
     "make_divisible",
+    "pack_convolutions",
     "resize_bias_table",
 ]

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.config import ImageConfig
 from zoo.errors import ConfigError
-from zoo.layers import GlobalPool, fuse_batch_norm
+from zoo.layers import GlobalPool, fuse_batch_norm, pack_convolutions
 from zoo.layers.init import reset_parameters
 
 
@@ -243,10 +243,12 @@ class Backbone(nn.Module):
         """Fold every batch norm into its convolution or linear layer, in place and for good; for inference only.
 
         The folded weights are formed in float64 and rounded once, so outputs agree to float32 rounding. Training mode
-        is switched off: a folded batch norm has no batch statistics.
+        is switched off: a folded batch norm has no batch statistics. On a CPU, what is left of the convolutions keeps
+        its weights as oneDNN wants them, which takes their memory twice (:class:`~zoo.layers.PackedConv2d`).
         """
         self.eval()
         fuse_batch_norm(self)
+        pack_convolutions(self)
         return self
 
 
