@@ -236,6 +236,19 @@ def test_weights_need_a_real_device(file: Path) -> None:
         zoo.create_model(M0, checkpoint=file)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "Device 'gpu' cannot be used here"),
+        ({"dtype": "float16"}, "dtype is 'float16'; expected a floating point torch.dtype"),
+        ({"dtype": torch.int8}, "dtype is torch.int8"),
+    ],
+)
+def test_device_and_dtype_that_do_not_exist(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        zoo.create_model(M0, **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_device(file: Path, original: nn.Module, images: Tensor) -> None:

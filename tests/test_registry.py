@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,6 @@ def test_list_models() -> None:
     assert zoo.list_models(["efficientvit_m5", "*vit_m4"]) == ["efficientvit_m4", "efficientvit_m5"]
     assert zoo.list_models("nothing*") == []
     assert set(zoo.list_models(task="image-classification")) <= set(names)
-    assert zoo.list_models(task="knitting") == []
 
 
 def test_list_models_with_weights() -> None:
@@ -91,7 +91,20 @@ def test_unknown_models(name: str, message: str) -> None:
         zoo.create_model(name)
 
 
+@pytest.mark.parametrize("name", [None, 5])
+def test_names_are_strings(name: Any) -> None:
+    with pytest.raises(zoo.UnknownModelError, match="expected a string"):
+        zoo.create_model(name)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(zoo.ConfigError, match=r"task is 'image-clasification'.*Did you mean: image-classification"):
+        zoo.list_models(task="image-clasification")
+
+
 def test_unknown_tag() -> None:
+    with pytest.raises(zoo.WeightsError, match="names no weights after the dot"):
+        zoo.create_model("efficientvit_m4.")
     with pytest.raises(zoo.WeightsError, match=r"no weights tagged 'r224_in2k'.*Did you mean: r224_in1k"):
         zoo.get_config("efficientvit_m4.r224_in2k")
 

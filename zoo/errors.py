@@ -49,6 +49,12 @@ class TrainingError(ZooError):
     exit_code = 1  # the command was right, the run failed
 
 
+class Preempted(ZooError):
+    """Training was asked to stop, by SIGTERM, and has saved a checkpoint."""
+
+    exit_code = 0  # nothing is lost, and who asked is to see that
+
+
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> str:
     """``" Did you mean: a, b?"`` with the choices closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(str(name), list(choices), n=count, cutoff=0.5)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zoo.config import ImageConfig, ModelConfig
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, reason
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.convert import adapt_layout
 from zoo.pretrained.fetch import fetch
@@ -33,16 +33,27 @@ def build(
         dtype: Of its floating point parameters and buffers; None for PyTorch's default dtype.
 
     Raises:
-        ConfigError: If the config belongs to no registered family.
+        ConfigError: If the config belongs to no registered family, or device or dtype are not what they should be.
 
     Example:
         >>> config = zoo.get_config("efficientvit_m0").override(depths=(1, 1, 1))
         >>> model = zoo.build(config)
     """
     family = family_of(config)
+    check_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype is {dtype!r}; expected a floating point torch.dtype, such as torch.bfloat16.")
     with torch.device(device if device is not None else torch.get_default_device()):
         model = family.model(config)
     return model if dtype in (None, torch.get_default_dtype()) else model.to(dtype=dtype)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Raise ConfigError for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError(f"Device {str(device)!r} cannot be used here: {reason(error)}.") from error
 
 
 def create_model(
@@ -95,6 +106,7 @@ def create_model(
         >>> backbone = zoo.create_model("efficientvit_m0", pretrained=True, features_only=True, out_indices=(1, 2))
         >>> model = zoo.create_model("efficientvit_m0", checkpoint="finetuned.safetensors", num_classes=37)
     """
+    check_device(device)
     outside = is_source(name)
     if pretrained is None:
         pretrained = outside and checkpoint is None

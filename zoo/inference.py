@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from zoo.data.image import EvalTransform, Normalise, as_rgb, read_image
-from zoo.errors import ConfigError, WeightsError, reason
-from zoo.factory import build, create_model
+from zoo.errors import WeightsError
+from zoo.factory import build, check_device, create_model
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.pretrained.source import find_weights, is_source
@@ -72,7 +72,7 @@ def load_classifier(model: str | Path, *, device: str | torch.device | None = No
         UnknownModelError, WeightsError: If there is no such model, folder, or file.
         ConfigError: If the device cannot be used.
     """
-    _check_device(device)
+    check_device(device)
     if Path(model).is_dir():
         return load_run(model, device=device)
     if not is_source(model) and (not isinstance(model, str) or len(Path(model).parts) > 1):
@@ -88,22 +88,33 @@ def load_run(
     """The classifier that a run folder holds, or the same with the weights of another file.
 
     Raises:
-        WeightsError: If it is not a run folder, or its run has not finished an epoch.
+        WeightsError: If it is not a run folder, its run has not finished an epoch, or it is no classifier's.
     """
+    return as_classifier(*load_model(path, weights=weights, device=device), path)
+
+
+def load_model(
+    path: str | Path, *, weights: str | Path | None = None, device: str | torch.device | None = None
+) -> tuple[nn.Module, ModelRecord]:
+    """The model that a run folder holds, in eval mode, and what belongs to it. Arguments and errors as above."""
     folder = RunFolder(Path(path))
     record = ModelRecord.read(folder)
     if weights is None and not folder.weights.is_file():
         raise WeightsError(f"{folder.path} has no {folder.weights.name}: the run has not finished its first epoch.")
     network: Any = build(record.config, device=device)
     fit_state_dict(network, load_state_dict(weights or folder.weights), family_of(record.config))
-    return Classifier(network.eval(), record.preprocessing, record.labels)
+    return network.eval(), record
 
 
-def _check_device(device: str | torch.device | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"Device {str(device)!r} cannot be used here: {reason(error)}.") from error
+def as_classifier(model: nn.Module, record: ModelRecord, path: str | Path) -> Classifier:
+    """A model with its record as a classifier.
+
+    Raises:
+        WeightsError: If it is no classifier; ``path`` says whose.
+    """
+    if record.preprocessing is None:
+        raise WeightsError(f"{path} holds {record.name}, which reads text; expected a classifier of pictures.")
+    return Classifier(model, record.preprocessing, record.labels)
 
 
 def class_names(labels: tuple[str, ...] | str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _ConfigFunction = TypeVar("_ConfigFunction", bound=Callable[[], ModelConfig])
 
+TASKS = ("image-classification", "text-generation")
 ENTRY_POINTS = "zoo.families"  # the group in which another package names its families, each as "module:FAMILY"
 
 
@@ -32,7 +33,7 @@ class Family:
         paper: Where it is described, for example ``"arXiv:2305.07027"``.
         code: The original repository and commit.
         licence: Licence of the original code, as an SPDX identifier.
-        task: ``"image-classification"`` or ``"text-generation"``.
+        task: One of ``TASKS``.
         first_conv: Parameter prefix of the input layer, which other input channels replace.
         classifier: Parameter prefixes of the classifier, which another class count replaces.
         weights: A weights manifest that another package brings; zoo's own are in ``weights/``.
@@ -170,6 +171,8 @@ def is_model(name: str) -> bool:
 
 def _check_name(name: str) -> tuple[str, str]:
     """Split a name into variant and tag, both known to exist."""
+    if not isinstance(name, str):
+        raise UnknownModelError(f"A model's name is {name!r}; expected a string, such as 'efficientvit_m0'.")
     variant, tag = split_name(name)
     if variant not in index():
         known = _variants()
@@ -178,6 +181,8 @@ def _check_name(name: str) -> tuple[str, str]:
             if "/" in name or name.endswith((".safetensors", ".pth", ".pt", ".bin")):
                 hint = " To load a file, name the architecture and pass checkpoint=PATH."
             raise UnknownModelError(f"Unknown model {name!r}.{hint}")
+    if name.endswith("."):
+        raise WeightsError(f"{name!r} names no weights after the dot. `zoo list --pretrained` shows all.")
     if tag:
         from zoo.pretrained.manifest import get_weights
 
@@ -212,8 +217,13 @@ def list_models(pattern: str | Sequence[str] = "", *, pretrained: bool = False, 
     Args:
         pattern: One or several wildcard patterns (``"efficientvit*"``); empty for all.
         pretrained: List ``name.tag`` for every known set of weights instead of bare names, as timm does.
-        task: Only models for this task, for example ``"image-classification"``.
+        task: Only models for this task, ``"image-classification"`` or ``"text-generation"``.
+
+    Raises:
+        ConfigError: For another task.
     """
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"task is {task!r}; expected one of {', '.join(TASKS)}.{nearest(task, TASKS)}")
     known = _variants()
     if pretrained:
         from zoo.pretrained.manifest import list_weights

@@ -32,7 +32,7 @@ def encoded(picture: Image.Image) -> bytes:
 
 def prepared(augment: Augment, preprocessing: Preprocessing, picture: Image.Image) -> torch.Tensor:
     """What the model sees."""
-    pixels, patch = TrainTransform(augment, preprocessing).load(encoded(picture), "here")
+    pixels, patch = TrainTransform(augment, preprocessing).load(encoded(picture), "here", 0)
     return Normalise(preprocessing)(pixels[None], [patch])[0]
 
 

@@ -41,7 +41,7 @@ def test_trains_two_steps_of_its_model(name: str, class_folder: Path, tmp_path: 
         "data.holdout": 0.2,
         "schedule.epochs": 1,
         "schedule.warmup_epochs": 0,
-        "train.batch_size": 24 // recipe.train.accumulate,
+        "train.batch_size": 24,
         "train.from_scratch": False,
     }
     if recipe.model.pretrained and not zoo.get_weights(recipe.model.name).packaged:

@@ -44,10 +44,13 @@ def test_training_goes_on_to_the_last_bit(tmp_path: Path, name: str) -> None:
     make = OPTIMISERS[name]
     optimizer = make(first.parameters())
     steps(first, optimizer, 3)
-    save_checkpoint(path, first, average, optimizer, {"step": 3, "history": [{"loss": 0.1 + 0.2}], "best": {}})
+    progress = {"step": 3, "history": [{"loss": 0.1 + 0.2}], "best": {}}
+    save_checkpoint(path, first, average, optimizer, progress, {"seen": torch.arange(3)})
 
     other, copy = make(second.parameters()), network()
-    assert load_checkpoint(path, second, copy, other) == {"step": 3, "history": [{"loss": 0.1 + 0.2}], "best": {}}
+    restored, sampler = load_checkpoint(path, second, copy, other)
+    assert restored == progress
+    assert sampler["seen"].tolist() == [0, 1, 2]
     steps(first, optimizer, 3)
     steps(second, other, 3)
     for left, right in ((first, second), (average, copy)):
@@ -59,7 +62,7 @@ def test_numbers_that_optimisers_keep_in_their_groups_come_back(tmp_path: Path) 
     model = network()
     optimizer = torch.optim.SGD([{"params": [parameter]} for parameter in model.parameters()], lr=0.1)
     optimizer.param_groups[2]["k"] = 17
-    save_checkpoint(path, model, None, optimizer, {})
+    save_checkpoint(path, model, None, optimizer, {}, {})
     other = torch.optim.SGD([{"params": [parameter]} for parameter in model.parameters()], lr=0.1)
     load_checkpoint(path, model, None, other)
     assert other.param_groups[2]["k"] == 17
@@ -71,7 +74,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: Callable[[bytes
     path = tmp_path / "checkpoint.safetensors"
     model = network()
     optimizer = torch.optim.SGD(model.parameters())
-    save_checkpoint(path, model, None, optimizer, {})
+    save_checkpoint(path, model, None, optimizer, {}, {})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(WeightsError, match=r"^/.*checkpoint.safetensors is not a training checkpoint of zoo, or "):
         load_checkpoint(path, model, None, optimizer)
@@ -79,7 +82,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: Callable[[bytes
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, network(), None, torch.optim.SGD(network().parameters()), {})
+    save_checkpoint(path, network(), None, torch.optim.SGD(network().parameters()), {}, {})
     wider = network(channels=5)
     with pytest.raises(WeightsError, match=r"does not fit this run's model: size mismatch for [^\n]*\.$"):
         load_checkpoint(path, wider, None, torch.optim.SGD(wider.parameters()))

@@ -87,6 +87,7 @@ def test_the_run_folder_is_complete(finished: Result) -> None:
         "config.json",
         "recipe.toml",
         "environment.json",
+        "manifest.json",
         "model.safetensors",
         "checkpoint.safetensors",
         "metrics.csv",
@@ -161,10 +162,9 @@ def test_a_run_that_died_before_its_recipe_was_written_starts_anew(tiny_recipe: 
 
 def test_accumulation_equals_the_larger_batch(tiny_recipe: Callable, tmp_path: Path) -> None:
     plain = {"model.name": "plain_for_tests", "model.overrides": {"img_size": 32}, "optim.name": "sgd"}
-    whole = train(tiny_recipe(**plain, **{"train.batch_size": 16}), tmp_path / "whole", quiet=True)
-    split = train(
-        tiny_recipe(**plain, **{"train.batch_size": 8, "train.accumulate": 2}), tmp_path / "split", quiet=True
-    )
+    plain["train.batch_size"] = 16
+    whole = train(tiny_recipe(**plain), tmp_path / "whole", quiet=True)
+    split = train(tiny_recipe(**plain, **{"train.micro_batch": 11}), tmp_path / "split", quiet=True)  # 2 of 8
     left, right = (load_run(result.folder).model.state_dict() for result in (whole, split))
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-6)
@@ -223,11 +223,11 @@ def test_layer_decay_slows_the_early_layers(tiny_recipe: Callable, tmp_path: Pat
 
 
 def test_runs_of_one_process_may_differ_in_precision_and_accumulation(tiny_recipe: Callable, tmp_path: Path) -> None:
-    for i, (precision, accumulate) in enumerate([("fp32", 1), ("bf16", 2), ("fp32", 1)]):
-        changes = {"train.precision": precision, "train.accumulate": accumulate, "schedule.epochs": 1}
+    for i, (precision, micro_batch) in enumerate([("fp32", 0), ("bf16", 4), ("fp32", 8)]):
+        changes = {"train.precision": precision, "train.micro_batch": micro_batch, "schedule.epochs": 1}
         changes["model.overrides.img_size"] = 64  # see above
         result = train(tiny_recipe(**changes), tmp_path / str(i), quiet=True)
-        assert read_metrics(result.folder)[0]["step"] == 6 // accumulate
+        assert read_metrics(result.folder)[0]["step"] == 6
     assert read_metrics(tmp_path / "0") == read_metrics(tmp_path / "2")
     assert device.make_accelerator("bf16").mixed_precision == "bf16"
     assert device.make_accelerator("fp32").mixed_precision == "no"
@@ -256,8 +256,12 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(
         ({"optim.name": "adamq"}, RecipeError, r"^optim.name is 'adamq', which timm does not know. Did you mean: adam"),
         ({"optim.name": "fusedadamw"}, RecipeError, r"^optim.name is 'fusedadamw', which does not work here: "),
         ({"augment.auto_augment": "rnd"}, RecipeError, r"^augment.auto_augment is 'rnd'; expected timm's notation"),
-        ({"train.batch_size": 7, "augment.mixup": 0.5}, RecipeError, r"^train.batch_size is 7; mixup and cutmix need "),
-        ({"train.batch_size": 99}, RecipeError, r"^train.batch_size 99 x accumulate 1 is more than the 48 training "),
+        (
+            {"train.batch_size": 7, "augment.mixup": 0.5},
+            RecipeError,
+            r"^A forward pass has 7 samples; mixup and cutmix need ",
+        ),
+        ({"train.batch_size": 99}, RecipeError, r"^train.batch_size 99 is more than the 48 training samples; "),
     ],
 )
 def test_a_recipe_that_cannot_run_is_one_clear_line(
@@ -302,8 +306,8 @@ def test_the_last_good_checkpoint_is_kept(
     tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Poisoned(engine.TASKS["image-classification"]):
-        def loss(self, model: nn.Module, batch: object, *seed: int) -> torch.Tensor:
-            return super().loss(model, batch, *seed) * (float("nan") if seed[1] == 8 else 1)
+        def losses(self, model: nn.Module, batch: object, *seed: int) -> torch.Tensor:
+            return super().losses(model, batch, *seed) * (float("nan") if seed[1] == 8 else 1)
 
     monkeypatch.setitem(engine.TASKS, "image-classification", Poisoned)
     recipe = tiny_recipe(**{"train.save_steps": 1})
@@ -313,7 +317,7 @@ def test_the_last_good_checkpoint_is_kept(
     assert str(caught.value).startswith("The loss is nan at step 8 (epoch 2), learning rate 0.00")
     assert f"; the last good checkpoint is {checkpoint}. " in str(caught.value)
     run = _Run(recipe, RunFolder(tmp_path), quiet=True)
-    assert load_checkpoint(checkpoint, run.plain_model, None, run._plain_optimizer)["step"] == 8
+    assert load_checkpoint(checkpoint, run.plain_model, None, run._plain_optimizer)[0]["step"] == 8
     assert all(tensor.isfinite().all() for tensor in run.plain_model.state_dict().values())
     monkeypatch.undo()  # and it goes on from there
     assert train(recipe, tmp_path, resume=True, quiet=True).epoch in (1, 2)

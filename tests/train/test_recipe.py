@@ -60,7 +60,7 @@ def test_every_unknown_key_is_named_at_once_with_the_nearest(write: Callable) ->
         ("augment.scale", [1.0, 0.5], "augment.scale is [1.0, 0.5], expected two shares of 1, the smaller first"),
         ("train.precision", "int8", "train.precision is 'int8', expected 'fp32' or 'bf16' or 'fp16'"),
         ("data.interpolation", "cubic", "data.interpolation is 'cubic', expected 'bicubic' or 'bilinear' or 'nearest'"),
-        ("task", "detection", "task is 'detection', expected 'image-classification'"),
+        ("task", "detection", "task is 'detection', expected 'image-classification' or 'language-modelling'"),
         ("model.name", "", "model.name is empty, expected a model (`zoo list` shows them)"),
         ("data.name", "", "data.name is empty, expected a data set"),
         ("schedule.warmup_epochs", 10, "schedule.warmup_epochs is 10, expected less than the 10 epochs"),

@@ -23,9 +23,12 @@ def evaluate(
     if as_json:
         print_json(figures)
         return
+    if "top1" in figures:
+        shown, kind = f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %", "pictures"
+    else:
+        shown, kind = f"perplexity {figures['perplexity']:.2f}", "rows of text"
     console().print(
-        f"{run}, {figures['split']}: top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %, "
-        f"loss {figures['loss']:.4f} on {figures['samples']:,} pictures",
+        f"{run}, {figures['split']}: {shown}, loss {figures['loss']:.4f} on {figures['samples']:,} {kind}",
         soft_wrap=True,
         markup=False,
     )

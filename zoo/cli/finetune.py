@@ -48,12 +48,13 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
         print(f"zoo: interrupted; with --resume the same command continues {out}.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
     screen = console()
-    grid = table("held-out part", ">top-1 (%)", ">loss (nats)", ">epoch", ">minutes")
+    figure, heading = ("top1", ">top-1 (%)") if "top1" in comparison.result.metrics else ("perplexity", ">perplexity")
+    grid = table("held-out part", heading, ">loss (nats)", ">epoch", ">minutes")
     for label, result in (("this run", comparison.result), ("from scratch", comparison.from_scratch)):
         if result is not None:
             grid.add_row(
                 label,
-                f"{result.metrics['top1']:.2f}",
+                f"{result.metrics[figure]:.2f}",
                 f"{result.metrics['loss']:.4f}",
                 str(result.epoch),
                 f"{result.seconds / 60:.1f}",
@@ -62,4 +63,5 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
     say = partial(screen.print, soft_wrap=True, markup=False)
     say(f"\nWeights, curves and metrics are in {out}. Go on with:")
     say(f"  zoo eval {shlex.quote(str(out))}")
-    say(f"  zoo predict {shlex.quote(str(out / 'sample.png'))} --model {shlex.quote(str(out))}")
+    if figure == "top1":
+        say(f"  zoo predict {shlex.quote(str(out / 'sample.png'))} --model {shlex.quote(str(out))}")

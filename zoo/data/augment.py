@@ -30,27 +30,33 @@ class TrainTransform:
     Args:
         augment: What to vary.
         preprocessing: The size, the interpolation, and the colour of what a rotation brings in.
+        size_at: From the epoch to another (height, width) in pixels; by default the size is always the same.
 
     Raises:
         RecipeError: If ``augment.auto_augment`` is not in timm's notation.
     """
 
-    def __init__(self, augment: "Augment", preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        augment: "Augment",
+        preprocessing: Preprocessing,
+        size_at: Callable[[int], tuple[int, int]] | None = None,
+    ) -> None:
         self.augment = augment
-        self.size = preprocessing.img_size
+        self.size_at = size_at or (lambda epoch: preprocessing.img_size)
         self.interpolation = preprocessing.interpolation
         self.channels = len(preprocessing.mean)
         self.recolour = _recolour(augment, preprocessing)
 
-    def load(self, data: bytes, name: str) -> tuple[Tensor, Patch | None]:
-        pixels = decode_crop(data, name, self._crop, self.size)
-        pixels = self._resize(pixels)
+    def load(self, data: bytes, name: str, epoch: int) -> tuple[Tensor, Patch | None]:
+        size = self.size_at(epoch)
+        pixels = self._resize(decode_crop(data, name, self._crop, size), size)
         if self.augment.hflip and torch.rand(1) < self.augment.hflip:
             pixels = pixels.flip(-1)
         if self.recolour is not None:
             image = self.recolour(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
             pixels = _pixels(image)
-        return pixels, self._erase()
+        return pixels, self._erase(size)
 
     def _crop(self, height: int, width: int) -> Box:
         """A part whose area and proportions are random; after ten that do not fit, the middle."""
@@ -64,21 +70,21 @@ class TrainTransform:
         w, h = min(width, round(height * wide)), min(height, round(width / narrow))
         return Box((height - h) // 2, (width - w) // 2, h, w)
 
-    def _resize(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[1:] == self.size:
+    def _resize(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        if pixels.shape[1:] == size:
             return pixels
         if self.interpolation == "nearest":
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            return _pixels(image.resize(self.size[::-1], Image.Resampling.NEAREST))
+            return _pixels(image.resize(size[::-1], Image.Resampling.NEAREST))
         # torch's kernel for bytes is fastest on whole pixels side by side.
         whole = pixels[None].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(whole, self.size, mode=self.interpolation, antialias=True)[0]
+        return F.interpolate(whole, list(size), mode=self.interpolation, antialias=True)[0]
 
-    def _erase(self) -> Patch | None:
+    def _erase(self, size: tuple[int, int]) -> Patch | None:
         """Noise for a random rectangle, as arXiv:1708.04896 has it, with timm's bounds."""
         if not self.augment.erasing or random.random() > self.augment.erasing:
             return None
-        height, width = self.size
+        height, width = size
         for _ in range(10):
             area = random.uniform(0.02, 1 / 3) * height * width
             ratio = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))

@@ -47,8 +47,8 @@ class Patch(NamedTuple):
 class Transform(Protocol):
     """From a picture's file to the pixels that a model sees, and a patch to lay over them."""
 
-    def load(self, data: bytes, name: str) -> tuple[Tensor, Patch | None]:
-        """``[3, H, W]`` uint8.
+    def load(self, data: bytes, name: str, epoch: int) -> tuple[Tensor, Patch | None]:
+        """``[3, H, W]`` uint8. The epoch may decide how strongly, or at which size, pictures are varied.
 
         Raises:
             DataError: If it is not a picture; ``name`` says where it came from.
@@ -157,7 +157,7 @@ class EvalTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(self._steps(image))).permute(2, 0, 1)
 
-    def load(self, data: bytes, name: str) -> "tuple[Tensor, Patch | None]":
+    def load(self, data: bytes, name: str, epoch: int) -> tuple[Tensor, Patch | None]:
         return self(decode_image(data, name)), None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from zoo.data.image import Patch, Transform
+from zoo.data.pruning import Pruning
 from zoo.data.sources import ImageSource, StreamSource
 from zoo.data.tokens import Rows
 from zoo.errors import DataError, TrainingError, reason
@@ -165,9 +166,9 @@ class ImageSamples(Samples):
             data, label = self.source.encoded(index), int(self.source.labels[index])
         if get_worker_info() is None:
             with seeded(self.seed, epoch, index):
-                return *self.transform.load(data, self.source.describe(index)), label
+                return *self.transform.load(data, self.source.describe(index), epoch), label
         seed_everything(self.seed, epoch, index)  # nobody else draws from a worker's generators
-        return *self.transform.load(data, self.source.describe(index)), label
+        return *self.transform.load(data, self.source.describe(index), epoch), label
 
 
 class TextSamples(Samples):
@@ -199,6 +200,7 @@ class EpochSampler:
             exactly once. By default as ``shuffle``.
         seed: Decides the permutations.
         rank, world: This process and how many there are.
+        pruning: Leaves samples out.
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class EpochSampler:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        pruning: Pruning | None = None,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -219,21 +222,31 @@ class EpochSampler:
         self.seed = seed
         self.rank = rank
         self.world = world
+        self.pruning = pruning
         self.epoch = 0
         self.consumed = 0  # samples at the beginning of the epoch's order that are done, by all processes
 
     def set_epoch(self, epoch: int, consumed: int = 0) -> None:
         """Choose the epoch to yield next, and how many of its samples all processes together have done already."""
         self.epoch, self.consumed = epoch, consumed
+        if self.pruning is not None:
+            self._kept = self.pruning.select(epoch)
+
+    @property
+    def epoch_size(self) -> int:
+        """Samples that the epoch has, all processes together."""
+        return self.size if self.pruning is None else len(self._kept)
 
     def __len__(self) -> int:
-        each = (self.size - self.consumed) / (self.world * self.batch_size)
+        each = (self.epoch_size - self.consumed) / (self.world * self.batch_size)
         return int(each) if self.drop_last else int(np.ceil(each))
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.arange(self.size)
+        order = np.arange(self.epoch_size)
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.epoch_size)
+        if self.pruning is not None:
+            order = self._kept[order]
         mine = order[self.consumed + self.rank :: self.world]
         for step in range(len(self)):
             chosen = mine[step * self.batch_size : (step + 1) * self.batch_size]

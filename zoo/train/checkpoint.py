@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with everything that resuming needs, so that one rename makes it current.
 
-Tensors are ``model.*``, ``ema.*`` and ``optimizer.<parameter index>.<name>``; the header's metadata holds the progress
-and the numbers of the optimiser's parameter groups as JSON. No pickle is written or read.
+Tensors are ``model.*``, ``ema.*``, ``sampler.*`` and ``optimizer.<parameter index>.<name>``; the header's metadata has
+the progress and the numbers of the optimiser's parameter groups as JSON. No pickle is written or read.
 """
 
 import json
@@ -17,9 +17,20 @@ from zoo.errors import TrainingError, WeightsError
 
 
 def save_checkpoint(
-    path: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    sampler: dict[str, Tensor],
 ) -> None:
     """Write atomically: after a kill at any instant, ``path`` is the previous checkpoint or this one.
+
+    Args:
+        path: The file.
+        model, ema, optimizer: What is trained, its average if there is one, and by what.
+        progress: Whatever else resuming needs, as JSON takes it.
+        sampler: The sampler's tensors, by name.
 
     Raises:
         TrainingError: If it cannot be written (a full disk); the previous checkpoint is kept.
@@ -29,6 +40,7 @@ def save_checkpoint(
         tensors.update((f"ema.{name}", tensor) for name, tensor in ema.state_dict().items())
     for index, state in optimizer.state_dict()["state"].items():
         tensors.update((f"optimizer.{index}.{name}", torch.as_tensor(value)) for name, value in state.items())
+    tensors.update((f"sampler.{name}", tensor) for name, tensor in sampler.items())
     # Some optimisers count in their groups.
     groups = [
         {name: value for name, value in group.items() if isinstance(value, int | float)}
@@ -52,8 +64,8 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 def load_checkpoint(
     path: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Restore model, average and optimiser in place and return the progress that was saved with them.
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore model, average and optimiser in place; return the progress and the sampler's tensors.
 
     Raises:
         WeightsError: If the file is damaged or belongs to another model.
@@ -83,7 +95,7 @@ def load_checkpoint(
     groups = optimizer.state_dict()["param_groups"]
     groups = [{**group, **saved} for group, saved in zip(groups, saved_groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return progress
+    return progress, _part(tensors, "sampler.")
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,13 +4,17 @@ A run is a pure function of its recipe, its data and its number of processes: al
 so a run that was killed and resumed ends with the same weights and the same metrics as one that was not.
 """
 
+import hashlib
 import logging
 import math
 import platform
+import signal
+import threading
 import time
 import tomllib
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +25,24 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.config import ModelConfig
-from zoo.data.image import decode_image
-from zoo.data.loader import Batch, derive_seed
-from zoo.errors import RecipeError, TrainingError, nearest, reason, require
+from zoo.data.loader import Batch, EpochSampler, Loader, derive_seed
+from zoo.data.pruning import PRUNING, Pruning
+from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason, require
 from zoo.train import report
 from zoo.train.checkpoint import load_checkpoint, save_checkpoint, write
 from zoo.train.device import make_accelerator
 from zoo.train.progress import Progress
-from zoo.train.recipe import Optim, Recipe, load_recipe
-from zoo.train.run_folder import ModelRecord, RunFolder, read_json, write_file, write_json, write_metrics, write_text
-from zoo.train.tasks import TASKS, evaluate
+from zoo.train.recipe import Optim, Recipe, Train, load_recipe
+from zoo.train.run_folder import RunFolder, read_json, write_json, write_metrics, write_text
+from zoo.train.schedule import learning_rate
+from zoo.train.scoring import evaluate
+from zoo.train.tasks import TASKS, eval_loader
 
 _logger = logging.getLogger(__name__)
 
 _FUSED = ("adam", "adamw", "sgd")  # torch has one kernel for a whole step of these
+# what a checkpoint holds besides tensors
+_REMEMBERED = ("step", "epoch", "epoch_step", "loss_sum", "history", "best", "seconds")
 _CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where each look waits for the device
 
 
@@ -44,7 +52,8 @@ class Result:
 
     Attributes:
         folder: The run folder.
-        metrics: Figures of the weights in ``model.safetensors`` on the held-out part: ``loss``, ``top1``, ``top5``.
+        metrics: Figures of the weights in ``model.safetensors`` on the held-out part: ``loss`` (nats) and, for
+            pictures, ``top1`` and ``top5`` (percent), for text ``perplexity``.
         epoch: The epoch they are from, counted from 1.
         seconds: Wall-clock time of training and validation, over all sittings.
     """
@@ -68,7 +77,9 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool 
         RecipeError: If the folder is in use and ``resume`` is not given, holds a run of another recipe or something
             else; if the recipe does not fit its model, its data or this machine.
         DataError: If the data cannot be read.
-        TrainingError: If the loss is not finite or a checkpoint cannot be written; the last good one is kept.
+        TrainingError: If the loss is not finite, memory runs out, or a checkpoint cannot be written; the last good one
+            is kept.
+        Preempted: If SIGTERM came; a checkpoint was saved.
     """
     folder = RunFolder(Path(out))
     if folder.recipe.is_file():
@@ -88,52 +99,68 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool 
 
 class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool) -> None:
-        from timm.scheduler.cosine_lr import CosineLRScheduler
         from timm.utils.model_ema import ModelEmaV3
 
         report.require_plotting()
         if recipe.train.tensorboard:
             require("tensorboard", extra="train", why="train.tensorboard")
         self.recipe, self.folder = recipe, folder
+        # The number of processes is known only once there is an accelerator, and decides how much it accumulates.
         self.accelerator = make_accelerator(
             recipe.train.precision,
-            gradient_accumulation_steps=recipe.train.accumulate,
             log_with="tensorboard" if recipe.train.tensorboard else None,
             project_dir=folder.path,
         )
+        self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self.accumulate
         self.task = TASKS[recipe.task](recipe)
-        self.train_loader = self.task.train_loader(self.accelerator)
-        self.val_loader = self.task.val_loader(self.accelerator)
-        self.steps_per_epoch = len(self.train_loader) // recipe.train.accumulate
-        if self.steps_per_epoch == 0:
+        self.task.check_batch(self.micro_batch)
+        size = len(self.task.train_samples)
+        # An epoch's length in the schedule; pruned epochs have fewer steps, which stand for as much time.
+        self.full_epoch = size // recipe.train.batch_size
+        if self.full_epoch == 0:
             raise RecipeError(
-                f"train.batch_size {recipe.train.batch_size} x accumulate {recipe.train.accumulate} is more than the "
-                f"{len(self.train_loader.samples)} training samples; lower one of them."
+                f"train.batch_size {recipe.train.batch_size} is more than the {size} training samples; lower it."
             )
+        self.pruning = _make_pruning(recipe, size)
+        self.train_loader = self._make_train_loader()
+        self.val_loader = eval_loader(self.task.val_samples, recipe, self.micro_batch, self.accelerator)
         model = self.task.model
         if recipe.train.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = model.to(self.accelerator.device)
-        optimizer = _make_optimizer(model, recipe.optim)
+        self.peak_rate = _peak_rate(recipe)
+        optimizer = _make_optimizer(model, recipe.optim, self.peak_rate)
         self.ema = ModelEmaV3(model, decay=recipe.train.ema, use_warmup=True) if recipe.train.ema else None
-        schedule = recipe.schedule
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=schedule.epochs * self.steps_per_epoch,
-            lr_min=schedule.min_lr,
-            warmup_t=round(schedule.warmup_epochs * self.steps_per_epoch),
-            warmup_lr_init=schedule.warmup_lr,
-            t_in_epochs=False,
-        )
+        if recipe.train.compile:
+            model.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.progress = Progress(self, quiet=quiet or not self.accelerator.is_main_process)
+        self.terminated = False  # SIGTERM has come
         # What a checkpoint remembers.
         self.step = 0  # optimiser steps done
+        self.epoch = 0
+        self.epoch_step = 0  # of those, in the current epoch
         self.loss_sum = 0.0  # of the current epoch's steps
         self.history: list[dict[str, float]] = []  # a row an epoch
         self.best: dict[str, float] = {}  # the row whose weights are in model.safetensors
         self.seconds = 0.0
         self._unchecked: list[tuple[int, float, Tensor]] = []  # (step, learning rate, loss) not looked at yet
+
+    def _make_train_loader(self) -> Loader:
+        recipe = self.recipe
+        sampler = EpochSampler(
+            len(self.task.train_samples),
+            self.micro_batch,
+            shuffle=self.task.shuffle,
+            drop_last=True,
+            seed=recipe.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            pruning=self.pruning,
+        )
+        data = recipe.data
+        return Loader(self.task.train_samples, sampler, workers=data.workers, max_corrupt=data.max_corrupt)
 
     @property
     def plain_model(self) -> nn.Module:
@@ -142,6 +169,11 @@ class _Run:
     @property
     def config(self) -> ModelConfig:
         return typing.cast(ModelConfig, self.plain_model.config)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimiser steps of the current epoch."""
+        return self.train_loader.sampler.epoch_size // self.recipe.train.batch_size
 
     def run(self) -> Result:
         """Train from where the folder's checkpoint is, or from the start."""
@@ -154,12 +186,17 @@ class _Run:
             self._open_folder()
         if recipe.train.tensorboard:
             self.accelerator.init_trackers("tensorboard")
+        self.progress.announce()
         self._clock = time.perf_counter()
         try:
-            with self.progress:
-                for epoch in range(self.step // self.steps_per_epoch, recipe.schedule.epochs):
-                    self._train_epoch(epoch)
-                    self._finish_epoch(epoch)
+            with self.progress, _on_sigterm(self._terminate):
+                while self.epoch < recipe.schedule.epochs:
+                    self._train_epoch()
+                    self._finish_epoch()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise self._out_of_memory() from error
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -172,35 +209,44 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return result
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _terminate(self) -> None:
+        self.terminated = True
+
+    def _train_epoch(self) -> None:
         recipe, accelerator = self.recipe, self.accelerator
-        first = self.step - epoch * self.steps_per_epoch
-        self.train_loader.set_epoch(epoch, first * self.progress.samples_per_step)
-        self.progress.start_epoch(epoch)
+        # Also after the epoch's last step, should a kill have come just then: the epoch then has no batch left.
+        self.train_loader.set_epoch(self.epoch, self.epoch_step * recipe.train.batch_size)
+        self.progress.start_epoch()
         self.model.train()
         batches = iter(self.train_loader)
-        for _ in range(first, self.steps_per_epoch):
-            learning_rate = self._set_learning_rate()
+        alone = accelerator.num_processes == 1
+        while self.epoch_step < self.epoch_steps:
+            rate = self._set_learning_rate()
             # Dropout and stochastic depth draw from here: a function of the step alone.
             torch.manual_seed(derive_seed(recipe.seed, self.step, accelerator.process_index))
             loss = self._optimiser_step(batches)
-            self._unchecked.append((self.step, learning_rate, loss))
+            self._unchecked.append((self.step, rate, loss))
             self.step += 1
+            self.epoch_step += 1
             if self.ema is not None:
                 self.ema.update(self.plain_model, step=self.step)
-            if accelerator.device.type == "cpu" or len(self._unchecked) >= _CHECK_EVERY:
+            if (alone and accelerator.device.type == "cpu") or len(self._unchecked) >= _CHECK_EVERY:
                 self._check_losses()
-            looked_at = self.step - epoch * self.steps_per_epoch - len(self._unchecked)
-            self.progress.advance(self.loss_sum / max(looked_at, 1))
-            done = self.step % self.steps_per_epoch
-            if recipe.train.save_steps and done and self.step % recipe.train.save_steps == 0:
+            self.progress.advance(self.loss_sum / max(self.epoch_step - len(self._unchecked), 1))
+            last = self.epoch_step == self.epoch_steps
+            if recipe.train.save_steps and not last and self.step % recipe.train.save_steps == 0:
                 self._save()
+            if self.terminated and alone:
+                self._stop()
         self._check()
         self.progress.end_epoch()
 
     def _set_learning_rate(self) -> float:
-        self.scheduler.step_update(self.step)
-        return self._learning_rate
+        share = self.epoch_step / self.epoch_steps
+        rate = learning_rate(self.recipe.schedule, self.peak_rate, self.epoch + share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        return rate
 
     @property
     def _learning_rate(self) -> float:
@@ -209,19 +255,26 @@ class _Run:
     def _optimiser_step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimiser step over ``accumulate`` batches; returns their mean loss, detached."""
         recipe, accelerator = self.recipe, self.accelerator
-        losses = []
-        for micro in range(recipe.train.accumulate):
-            batch = self.task.prepare(next(batches), accelerator.device)
+        means = []
+        for micro in range(self.accumulate):
+            batch = self.task.scoring.prepare(next(batches), accelerator.device)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
-                    loss = self.task.loss(self.model, batch, recipe.seed, self.step, micro, accelerator.process_index)
-                losses.append(loss.detach())
+                    losses = self.task.losses(
+                        self.model, batch, recipe.seed, self.step, micro, accelerator.process_index
+                    )
+                loss = losses.mean()
+                means.append(loss.detach())
+                if self.pruning is not None:
+                    self.pruning.update(batch.indices, losses.detach())
+                    weights = torch.from_numpy(self.pruning.weights).to(losses.device)
+                    loss = (losses * weights[batch.indices]).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and recipe.optim.clip:
                     self._clip()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return torch.stack(losses).mean()
+        return torch.stack(means).mean()
 
     def _clip(self) -> None:
         from timm.utils.clip_grad import dispatch_clip_grad
@@ -234,13 +287,22 @@ class _Run:
         dispatch_clip_grad(self.model.parameters(), optim.clip, mode=optim.clip_mode)
 
     def _check_losses(self) -> None:
-        """Add up the losses since the last look, and stop at one that is not finite."""
-        for step, learning_rate, loss in self._unchecked:
-            value = loss.item()
+        """Add up the losses since the last look, over all processes; stop at one that is not finite."""
+        if not self._unchecked:
+            return
+        losses = torch.stack([loss for _, _, loss in self._unchecked])
+        if self.accelerator.num_processes > 1:
+            # Whether to stop is exchanged with the losses, as all processes must do so after the same step.
+            signal = losses.new_tensor([float(self.terminated)])
+            losses = self.accelerator.reduce(torch.cat([losses, signal]), "mean")
+            self.terminated, losses = bool(losses[-1] > 0), losses[:-1]
+        for (step, rate, _), value in zip(self._unchecked, losses.tolist(), strict=True):
             if not math.isfinite(value):
-                raise self._diverged(f"The loss is {value}", step, learning_rate)
+                raise self._diverged(f"The loss is {value}", step, rate)
             self.loss_sum += value
         self._unchecked.clear()
+        if self.terminated and self.accelerator.num_processes > 1:
+            self._stop()
 
     def _check(self) -> None:
         """Stop before a checkpoint is written from a loss, or from weights, that are not finite."""
@@ -250,7 +312,14 @@ class _Run:
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise self._diverged("The weights are no longer finite", self.step - 1, self._learning_rate)
 
-    def _diverged(self, what: str, step: int, learning_rate: float) -> TrainingError:
+    def _stop(self) -> None:
+        """Save and stop, as the system asks when it needs the machine for something else."""
+        self._save()
+        raise Preempted(
+            f"Stopped by SIGTERM after step {self.step}; {self.folder.checkpoint} is saved, --resume goes on there."
+        )
+
+    def _diverged(self, what: str, step: int, rate: float) -> TrainingError:
         kept = f"the last good checkpoint is {self.folder.checkpoint}"
         if not self.folder.checkpoint.is_file():
             kept = "no checkpoint had been written yet"
@@ -258,29 +327,40 @@ class _Run:
         if self.recipe.train.precision == "fp16":
             advice += ", or use train.precision='bf16'"
         return TrainingError(
-            f"{what} at step {step} (epoch {step // self.steps_per_epoch + 1}), learning rate {learning_rate:.3g}; "
+            f"{what} at step {step} (epoch {self.epoch + 1}), learning rate {rate:.3g}; "
             f"{kept}. To go on, {advice}, in another --out."
         )
 
-    def _finish_epoch(self, epoch: int) -> None:
-        recipe, accelerator = self.recipe, self.accelerator
+    def _out_of_memory(self) -> TrainingError:
+        train = self.recipe.train
+        advice = [f"lower train.micro_batch (now {self.micro_batch}), which leaves the batch of a step as it is"]
+        if train.precision == "fp32":
+            advice.append("use train.precision='bf16'")
+        if not train.checkpoint_activations:
+            advice.append("set train.checkpoint_activations=true")
+        return TrainingError(f"Out of memory at step {self.step}. To go on, {', or '.join(advice)}.")
+
+    def _finish_epoch(self) -> None:
+        recipe, accelerator, scoring = self.recipe, self.accelerator, self.task.scoring
         row: dict[str, float] = {
-            "epoch": epoch + 1,
+            "epoch": self.epoch + 1,
             "step": self.step,
             "learning_rate": self._learning_rate,
-            "train_loss": self.loss_sum / self.steps_per_epoch,
+            "train_loss": self.loss_sum / max(self.epoch_steps, 1),
         }
         candidates = {"val": self.plain_model}
         if self.ema is not None:
             candidates["ema"] = self.ema.module
         for name, model in candidates.items():
-            figures = evaluate(model, self.val_loader, self.task.prepare, accelerator)
+            figures = evaluate(model, self.val_loader, scoring, accelerator)
             row.update({f"{name}_{key}": value for key, value in figures.items()})
         self.history.append(row)
-        self.loss_sum = 0.0
+        if self.pruning is not None:
+            self.pruning.end_epoch(accelerator)
+        self.epoch, self.epoch_step, self.loss_sum = self.epoch + 1, 0, 0.0
         chosen = "ema" if self.ema is not None else "val"
-        metric = f"{chosen}_{self.task.best_metric}"
-        if recipe.train.keep == "last" or not self.best or row[metric] > self.best[metric]:
+        metric, sign = f"{chosen}_{scoring.best}", 1 if scoring.higher_is_better else -1
+        if recipe.train.keep == "last" or not self.best or sign * row[metric] > sign * self.best[metric]:
             self.best = row
             if accelerator.is_main_process:
                 write(self.folder.weights, candidates[chosen].state_dict(), self._weights_metadata())
@@ -296,20 +376,18 @@ class _Run:
 
     def _save(self) -> None:
         self._check()
+        if self.pruning is not None:
+            self.pruning.gather(self.accelerator)
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         if self.accelerator.is_main_process:
             scaler = getattr(self.accelerator, "scaler", None)
-            progress = {
-                "step": self.step,
-                "loss_sum": self.loss_sum,
-                "history": self.history,
-                "best": self.best,
-                "seconds": self.seconds,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
+            progress = {name: getattr(self, name) for name in _REMEMBERED}
+            progress["scaler"] = scaler.state_dict() if scaler is not None else None
+            progress["skipped"] = self.train_loader.skipped
             ema = self.ema.module if self.ema is not None else None
-            save_checkpoint(self.folder.checkpoint, self.plain_model, ema, self._plain_optimizer, progress)
+            sampler = self.pruning.state() if self.pruning is not None else {}
+            save_checkpoint(self.folder.checkpoint, self.plain_model, ema, self._plain_optimizer, progress, sampler)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -318,12 +396,12 @@ class _Run:
 
     def _restore(self) -> None:
         ema = self.ema.module if self.ema is not None else None
-        progress = load_checkpoint(self.folder.checkpoint, self.plain_model, ema, self._plain_optimizer)
-        self.step = progress["step"]
-        self.loss_sum = progress["loss_sum"]
-        self.history = progress["history"]
-        self.best = progress["best"]
-        self.seconds = progress["seconds"]
+        progress, sampler = load_checkpoint(self.folder.checkpoint, self.plain_model, ema, self._plain_optimizer)
+        for name in _REMEMBERED:
+            setattr(self, name, progress[name])
+        self.train_loader.skipped |= progress["skipped"]
+        if self.pruning is not None:
+            self.pruning.load_state(sampler)
         if progress["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         if self.history and self.accelerator.is_main_process:  # a kill may have come between the two files
@@ -332,18 +410,79 @@ class _Run:
 
     def _open_folder(self) -> None:
         """Write what describes the run; the recipe comes last, as it marks the folder as taken."""
-        task, folder = self.task, self.folder
-        record = ModelRecord(self.recipe.model.name, self.config, task.preprocessing, task.classes)
-        record.write(folder)
+        folder, text = self.folder, self.recipe.to_toml()
+        self.task.write_record(folder, self.config)
         write_json(folder.environment, _environment(self.accelerator))
-        index = int(task.val_indices[0])
-        sample = decode_image(task.val_source.encoded(index), task.val_source.describe(index))
-        with write_file(folder.sample) as file:
-            sample.save(file, "PNG")
-        write_text(folder.recipe, self.recipe.to_toml())
+        write_json(
+            folder.manifest,
+            {
+                "recipe_sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "data_sha256": self.task.data_hash(),
+                "code_sha256": _code_hash(),
+                "zoo": zoo.__version__,
+            },
+        )
+        write_text(folder.recipe, text)
 
 
-def _make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+@contextmanager
+def _on_sigterm(react: Callable[[], None]) -> Iterator[None]:
+    """Call ``react`` when SIGTERM comes; only the main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: react())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _passes(train: Train, world: int) -> tuple[int, int]:
+    """Samples per process and forward pass, and passes per optimiser step, that make the recipe's batch.
+
+    Raises:
+        RecipeError: If the batch cannot be shared out among the processes.
+    """
+    if train.batch_size % world:
+        nearest_size = max(round(train.batch_size / world), 1) * world
+        raise RecipeError(
+            f"train.batch_size is {train.batch_size}, which {world} processes cannot share equally; the nearest that "
+            f"they can is {nearest_size}."
+        )
+    each = train.batch_size // world
+    limit = min(train.micro_batch or each, each)
+    micro = next(size for size in range(limit, 0, -1) if each % size == 0)
+    return micro, each // micro
+
+
+def _peak_rate(recipe: Recipe) -> float:
+    """The learning rate at the end of the warm-up, grown by the recipe's rule if its batch is not the one lr is for."""
+    optim = recipe.optim
+    if not optim.lr_batch:
+        return optim.lr
+    ratio = recipe.train.batch_size / optim.lr_batch
+    return optim.lr * (ratio if optim.lr_rule == "linear" else math.sqrt(ratio))
+
+
+def _make_pruning(recipe: Recipe, size: int) -> Pruning | None:
+    if not recipe.data.pruning:
+        return None
+    return PRUNING[recipe.data.pruning](
+        size, fraction=recipe.data.prune_fraction, epochs=recipe.schedule.epochs, seed=recipe.seed
+    )
+
+
+def _code_hash() -> str:
+    """SHA-256 of the package's source files, in hexadecimal."""
+    root = Path(zoo.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _make_optimizer(model: nn.Module, optim: Optim, rate: float) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2, list_optimizers
 
     names = [str(name) for name in list_optimizers()]
@@ -354,7 +493,7 @@ def _make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         return create_optimizer_v2(
             model,
             opt=optim.name,
-            lr=optim.lr,
+            lr=rate,
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
             layer_decay=optim.layer_decay if optim.layer_decay != 1.0 else None,

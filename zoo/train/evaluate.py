@@ -5,13 +5,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from zoo.data.loader import Samples, TextSamples
 from zoo.data.sources import stratified_holdout
+from zoo.data.tokens import Rows
 from zoo.errors import RecipeError
-from zoo.inference import load_run
+from zoo.inference import Classifier, as_classifier, load_model
 from zoo.train.device import make_accelerator
-from zoo.train.recipe import load_recipe
+from zoo.train.recipe import Recipe, load_recipe
 from zoo.train.run_folder import RunFolder
-from zoo.train.tasks import Prepare, eval_loader, evaluate, open_split
+from zoo.train.scoring import ImageScoring, Scoring, TextScoring, evaluate
+from zoo.train.tasks import eval_loader, eval_samples, open_split, open_tokens
 
 
 def evaluate_run(
@@ -27,31 +30,51 @@ def evaluate_run(
         weights: A safetensors file to evaluate instead of the run's own.
 
     Returns:
-        ``split``, ``samples``, ``loss`` (nats), ``top1`` and ``top5`` (percent).
+        ``split``, ``samples`` (pictures, or rows of text) and ``loss`` (nats); ``top1`` and ``top5`` (percent) of
+        pictures, ``perplexity`` of text.
 
     Raises:
         WeightsError: If this is not a run folder.
         DataError: If the data cannot be read, or it has a class that the run has not.
     """
-    classifier = load_run(path, weights=weights)
-    folder = RunFolder(Path(path))
-    recipe = load_recipe(folder.recipe)
+    model, record = load_model(path, weights=weights)
+    recipe = load_recipe(RunFolder(Path(path)).recipe)
+    split = split or recipe.data.test_split or "heldout"
+    samples: Samples
+    scoring: Scoring
+    if recipe.task == "language-modelling":
+        samples, scoring = _text(recipe, split, root), TextScoring()
+    else:
+        classifier = as_classifier(model, record, path)
+        samples = _pictures(recipe, classifier, split, root)
+        scoring = ImageScoring(classifier.preprocessing, channels_last=recipe.train.channels_last)
+    try:
+        accelerator = make_accelerator(recipe.train.precision)  # so that the figures are those seen in training
+    except RecipeError:  # trained on another machine
+        accelerator = make_accelerator("fp32")
+    model = model.to(accelerator.device)
+    if recipe.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batch_size = min(recipe.train.micro_batch or recipe.train.batch_size, recipe.train.batch_size)
+    figures = evaluate(model, eval_loader(samples, recipe, batch_size, accelerator), scoring, accelerator)
+    return {"split": split, "samples": len(samples), **figures}
+
+
+def _pictures(recipe: Recipe, classifier: Classifier, split: str, root: str) -> Samples:
     data = recipe.data
-    split = split or data.test_split or "heldout"
     held_out = split == "heldout"
     name = (data.val_split or data.train_split) if held_out else split
     source = open_split(data, name, classifier.labels, root=root)
     indices = np.arange(len(source))
     if held_out and not data.val_split:
         indices = stratified_holdout(source.labels, data.holdout, recipe.seed)[1]
-    try:
-        accelerator = make_accelerator(recipe.train.precision)  # so that the figures are those seen in training
-    except RecipeError:  # trained on another machine
-        accelerator = make_accelerator("fp32")
-    model = classifier.model.to(accelerator.device)
-    if recipe.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    loader = eval_loader(source, indices, classifier.preprocessing, recipe, accelerator)
-    prepare = Prepare(classifier.preprocessing, channels_last=recipe.train.channels_last)
-    figures = evaluate(model, loader, prepare, accelerator)
-    return {"split": split, "samples": len(indices), **figures}
+    return eval_samples(source, indices, classifier.preprocessing)
+
+
+def _text(recipe: Recipe, split: str, root: str) -> Samples:
+    data = recipe.data
+    held_out = split == "heldout"
+    tokens = open_tokens(data, (data.val_split or data.train_split) if held_out else split, root=root)
+    if held_out and not data.val_split:
+        tokens = tokens.split(data.holdout)[1]
+    return TextSamples(Rows(tokens, data.seq_len, keep_tail=True))

@@ -44,16 +44,32 @@ class Progress:
 
     @property
     def samples_per_step(self) -> int:
-        train = self.run.recipe.train
-        return train.batch_size * train.accumulate * self.run.accelerator.num_processes
+        return self.run.recipe.train.batch_size
 
-    def start_epoch(self, epoch: int) -> None:
+    def announce(self) -> None:
+        """Called before the first epoch: says how the recipe's batch and rate are reached, where that is not plain."""
+        run, world = self.run, self.run.accelerator.num_processes
+        parts = []
+        if world > 1 or run.accumulate > 1:
+            parts.append(
+                f"batch of {self.samples_per_step} = {world} processes x {run.micro_batch} samples x "
+                f"{run.accumulate} passes"
+            )
+        if run.peak_rate != run.recipe.optim.lr:
+            parts.append(
+                f"learning rate {run.peak_rate:.4g} for it, by the {run.recipe.optim.lr_rule} rule from "
+                f"{run.recipe.optim.lr:g} at {run.recipe.optim.lr_batch}"
+            )
+        if parts:
+            self.console.print("; ".join(parts), highlight=False, soft_wrap=True)
+
+    def start_epoch(self) -> None:
         """Called before the first step of an epoch, or before the next one after resuming."""
         epochs = self.run.recipe.schedule.epochs
         if self.task is None:
-            total = epochs * self.run.steps_per_epoch
+            total = epochs * self.run.full_epoch
             self.task = self.bar.add_task("", total=total, completed=self.run.step, epoch="", loss="-", rate="-")
-        self.bar.update(self.task, epoch=f"{epoch + 1}/{epochs}")
+        self.bar.update(self.task, epoch=f"{self.run.epoch + 1}/{epochs}")
         self.resumed_at, self.started = self.run.step, time.perf_counter()
 
     def advance(self, loss: float) -> None:
@@ -68,9 +84,11 @@ class Progress:
     def finish_epoch(self, row: dict[str, float]) -> None:
         """Called with an epoch's metrics."""
         parts = [f"epoch {int(row['epoch'])}/{self.run.recipe.schedule.epochs}", f"loss {row['train_loss']:.4f}"]
-        parts.append(f"held-out top-1 {row['val_top1']:.2f} %")
-        if "ema_top1" in row:
-            parts.append(f"averaged weights {row['ema_top1']:.2f} %")
+        headline = self.run.task.scoring.headline
+        for prefix, name in (("val_", "held-out"), ("ema_", "averaged weights")):
+            figures = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+            if figures:
+                parts.append(f"{name} {headline(figures)}")
         parts.append(f"{self.last_rate:.0f} samples/s")
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 

@@ -17,6 +17,8 @@ from typing import Any
 from zoo.errors import RecipeError, require
 from zoo.resources import folder
 
+VERSION = 1  # of the format; a recipe that says a later one is refused
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -42,6 +44,11 @@ class Data:
     samples: int = 0  # in an epoch of a stream; 0: as the Hub says
     max_corrupt: int = 0  # samples that may be unreadable: skipped, counted and listed in the report
     workers: int = 1  # processes that decode and augment
+    pruning: str = ""  # samples left out of an epoch: "random", or "loss" for those that are learned already
+    prune_fraction: float = 0.5  # share left out; with "loss", of those whose loss is below the mean
+    text_column: str = "text"  # of JSONL, parquet and Hub data sets
+    tokenizer: str = "bytes"  # "bytes", a tokenizer.json, or what transformers' AutoTokenizer takes
+    seq_len: int = 1024  # tokens that a language model sees at once
     crop_pct: float = 0.0  # share of the resized picture that evaluation sees; 0: as the weights were trained
     interpolation: str = ""  # "bicubic", "bilinear" or "nearest"; empty: as the weights were trained
 
@@ -62,11 +69,23 @@ class Augment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distill:
+    """A teacher whose answers are learned besides the labels."""
+
+    teacher: str = ""  # a model with weights, as variant or variant.tag, or a run folder; empty: no teacher
+    kind: str = "soft"  # "soft": its probabilities, "hard": its best answer, "feature": how it tells samples apart
+    alpha: float = 0.5  # share of the teacher in the loss; with "feature", its weight besides the labels'
+    temperature: float = 1.0  # of "soft"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim:
     """The optimiser, by timm's name for it."""
 
     name: str = "adamw"
-    lr: float = 1e-3  # at the global batch of the recipe
+    lr: float = 1e-3  # at the end of the warm-up
+    lr_batch: int = 0  # the batch size that lr is meant for; 0: train.batch_size
+    lr_rule: str = "linear"  # how lr grows with train.batch_size / lr_batch: "linear" or "sqrt"
     weight_decay: float = 0.05
     momentum: float = 0.9  # of SGD
     layer_decay: float = 1.0  # learning rate of each layer over that of the one after it
@@ -76,22 +95,29 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate over time: linear warm-up, then a cosine; set at every step."""
+    """The learning rate over time, set at every step: :func:`zoo.train.schedule.learning_rate`."""
 
     epochs: int = 10
+    name: str = "cosine"  # "cosine", "linear", "constant", "wsd" or "step"
     warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
+    decay_epochs: float = 1.0  # of "wsd": the last ones; of "step": between two steps
+    decay_rate: float = 0.1  # of "step"
+    start_size: int = 0  # side in pixels of training pictures at first; they grow to the model's
+    grow_epochs: int = 0  # over so many epochs; 0: they have the model's size at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """How the loop runs."""
 
-    batch_size: int = 128  # samples per process and forward pass
-    accumulate: int = 1  # forward passes per optimiser step
+    batch_size: int = 128  # samples per optimiser step, over all processes and passes
+    micro_batch: int = 0  # most samples per process and forward pass, accumulated to the above; 0: no limit
     precision: str = "fp32"  # "fp32", "bf16" or "fp16"
     channels_last: bool = True
+    compile: bool = False  # with torch.compile
+    checkpoint_activations: bool = False  # compute them again in the backward pass, for less memory
     ema: float = 0.0  # decay of the averaged weights, with timm's warm-up; 0 for none
     keep: str = "best"  # which epoch's weights become model.safetensors: "best" on the held-out part, or "last"
     save_steps: int = 0  # also checkpoint every so many optimiser steps, besides after every epoch
@@ -103,11 +129,13 @@ class Train:
 class Recipe:
     """A resolved recipe. Written into every run folder, from which alone a run can be resumed and evaluated."""
 
-    task: str = "image-classification"
+    version: int = VERSION
+    task: str = "image-classification"  # or "language-modelling"
     seed: int = 0
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
+    distill: Distill = field(default_factory=Distill)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train = field(default_factory=Train)
@@ -191,6 +219,9 @@ def resolve(values: Mapping[str, Any], origin: str) -> Recipe:
         RecipeError: Naming every unknown key and every value of the wrong type or range.
     """
     problems: list[str] = []
+    version = values.get("version", VERSION)
+    if isinstance(version, int) and version > VERSION:
+        raise RecipeError(f"{origin} has the format {version}, this zoo reads up to {VERSION}; upgrade efficient-zoo.")
     recipe = _build(Recipe, values, "", problems)
     if not problems:
         problems = _check(recipe)
@@ -260,6 +291,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "data.max_corrupt",
             "data.workers",
             "augment.color_jitter",
+            "distill.alpha",
+            "optim.lr_batch",
+            "schedule.start_size",
+            "schedule.grow_epochs",
+            "train.micro_batch",
             "augment.mixup",
             "augment.cutmix",
             "optim.weight_decay",
@@ -270,17 +306,29 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "train.save_steps",
         ),
     ),
-    ("1 or more", lambda value: value >= 1, ("schedule.epochs", "train.batch_size", "train.accumulate")),
-    ("more than 0", lambda value: 0 < value < math.inf, ("optim.lr",)),
+    ("1 or more", lambda value: value >= 1, ("schedule.epochs", "train.batch_size", "data.seq_len")),
+    (
+        "more than 0",
+        lambda value: 0 < value < math.inf,
+        ("optim.lr", "distill.temperature", "schedule.decay_epochs", "schedule.decay_rate"),
+    ),
     ("0 to 1", lambda value: 0 <= value <= 1, ("data.crop_pct", "augment.hflip", "augment.erasing")),
-    ("0 or more, less than 1", lambda value: 0 <= value < 1, ("augment.smoothing", "optim.momentum", "train.ema")),
+    (
+        "0 or more, less than 1",
+        lambda value: 0 <= value < 1,
+        ("augment.smoothing", "optim.momentum", "train.ema", "data.prune_fraction"),
+    ),
     ("more than 0, less than 1", lambda value: 0 < value < 1, ("data.holdout",)),
     ("more than 0, at most 1", lambda value: 0 < value <= 1, ("optim.layer_decay",)),
     ("two shares of 1, the smaller first", lambda value: 0 < value[0] <= value[1] <= 1, ("augment.scale",)),
     ("two ratios, the smaller first", lambda value: 0 < value[0] <= value[1] < math.inf, ("augment.ratio",)),
 )
 _CHOICES = {
-    "task": ("image-classification",),
+    "task": ("image-classification", "language-modelling"),
+    "data.pruning": ("", "random", "loss"),
+    "distill.kind": ("soft", "hard", "feature"),
+    "optim.lr_rule": ("linear", "sqrt"),
+    "schedule.name": ("cosine", "linear", "constant", "wsd", "step"),
     "data.interpolation": ("", "bicubic", "bilinear", "nearest"),
     "optim.clip_mode": ("norm", "value", "agc"),
     "train.keep": ("best", "last"),
@@ -298,13 +346,24 @@ def _check(recipe: Recipe) -> list[str]:
         if values[key] not in allowed:
             choices = " or ".join(repr(choice) for choice in allowed if choice)
             problems.append(f"{key} is {values[key]!r}, expected {choices}")
-    model, schedule = recipe.model, recipe.schedule
+    model, schedule, data, distill = recipe.model, recipe.schedule, recipe.data, recipe.distill
     if not model.name:
         problems.append("model.name is empty, expected a model (`zoo list` shows them)")
     if not recipe.data.name:
         problems.append("data.name is empty, expected a data set")
-    if recipe.data.streaming and not recipe.data.val_split:
+    if data.streaming and not data.val_split:
         problems.append("data.streaming cannot hold a part out, expected data.val_split")
+    if data.streaming and (data.pruning or recipe.task == "language-modelling"):
+        problems.append("data.streaming serves pictures, none of them pruned; pack text with `zoo data pack`")
+    if schedule.grow_epochs and schedule.start_size < 32:
+        problems.append(f"schedule.start_size is {schedule.start_size}, expected 32 or more with schedule.grow_epochs")
+    if schedule.name == "wsd" and schedule.decay_epochs + schedule.warmup_epochs > schedule.epochs:
+        problems.append(
+            f"schedule.decay_epochs is {schedule.decay_epochs:g}, expected at most the {schedule.epochs} epochs less "
+            "the warm-up"
+        )
+    if distill.teacher and distill.kind != "feature" and distill.alpha > 1:
+        problems.append(f"distill.alpha is {distill.alpha:g}, expected 0 to 1")
     if model.pretrained and model.checkpoint:
         problems.append("model has both pretrained and checkpoint, expected one of them")
     if recipe.train.from_scratch and not (model.pretrained or model.checkpoint):

@@ -26,30 +26,30 @@ def plot_curves(
         TrainingError: If the file cannot be written.
     """
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = "top1" if history and "val_top1" in history[0] else "perplexity"
+    canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, (name, rows) in enumerate({"": history, **(other or {})}.items()):
         epochs = [row["epoch"] for row in rows]
         style: dict[str, Any] = {"linestyle": "-" if i == 0 else "--", "marker": "." if len(rows) == 1 else None}
         prefix = f"{name}: " if name else ""
         left.plot(epochs, [row["train_loss"] for row in rows], color="C0", label=f"{prefix}training", **style)
         left.plot(epochs, [row["val_loss"] for row in rows], color="C1", label=f"{prefix}held out", **style)
-        right.plot(epochs, [row["val_top1"] for row in rows], color="C1", label=f"{prefix}held out", **style)
-        if rows and "ema_top1" in rows[0]:
+        right.plot(epochs, [row[f"val_{figure}"] for row in rows], color="C1", label=f"{prefix}held out", **style)
+        if rows and "ema_loss" in rows[0]:
             left.plot(epochs, [row["ema_loss"] for row in rows], color="C2", label=f"{prefix}averaged weights", **style)
-            right.plot(
-                epochs, [row["ema_top1"] for row in rows], color="C2", label=f"{prefix}averaged weights", **style
-            )
+            averaged = [row[f"ema_{figure}"] for row in rows]
+            right.plot(epochs, averaged, color="C2", label=f"{prefix}averaged weights", **style)
     left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
-    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
+    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if figure == "top1" else figure)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     try:
         with write_file(path) as file:
-            figure.savefig(file, dpi=120, format="png")
+            canvas.savefig(file, dpi=120, format="png")
     finally:
-        pyplot.close(figure)
+        pyplot.close(canvas)
 
 
 def _pyplot() -> Any:

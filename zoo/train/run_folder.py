@@ -3,6 +3,7 @@
 config.json          the model's config, preprocessing and class names
 recipe.toml          the resolved recipe
 environment.json     versions, device, threads
+manifest.json        hashes of recipe, data and code
 model.safetensors    the weights to use
 checkpoint.safetensors   everything that resuming needs
 metrics.csv          a row an epoch
@@ -35,7 +36,7 @@ class RunFolder:
 
     def foreign(self) -> list[str]:
         """What is in the folder that no run has put there before its recipe; hidden files do not count."""
-        ours = {self.config.name, self.environment.name, self.sample.name}
+        ours = {self.config.name, self.environment.name, self.manifest.name, self.sample.name}
         entries = self.path.iterdir() if self.path.is_dir() else ()
         return sorted(entry.name for entry in entries if entry.name not in ours and not entry.name.startswith("."))
 
@@ -55,6 +56,10 @@ class RunFolder:
     @property
     def environment(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
 
     @property
     def weights(self) -> Path:
@@ -87,16 +92,18 @@ class ModelRecord:
 
     name: str  # the variant, with its tag if the run started from one
     config: ModelConfig
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None  # of pictures
     labels: tuple[str, ...]
+    tokenizer: str = ""  # of text: what zoo.data.tokens.load_tokenizer takes
 
     def write(self, folder: RunFolder) -> None:
         """Write ``config.json`` atomically."""
         values = {
             "name": self.name,
             "config": json.loads(self.config.to_json()),
-            "preprocessing": self.preprocessing.to_dict(),
+            "preprocessing": self.preprocessing.to_dict() if self.preprocessing is not None else None,
             "labels": self.labels,
+            "tokenizer": self.tokenizer,
         }
         write_json(folder.config, values)
 
@@ -112,8 +119,9 @@ class ModelRecord:
             return cls(
                 name=values["name"],
                 config=config_from_dict(values["config"]),
-                preprocessing=Preprocessing.from_dict(values["preprocessing"]),
+                preprocessing=Preprocessing.from_dict(values["preprocessing"]) if values["preprocessing"] else None,
                 labels=tuple(values["labels"]),
+                tokenizer=values.get("tokenizer", ""),  # runs before 0.2 have none
             )
         except (KeyError, TypeError) as error:
             raise WeightsError(f"{folder.config} is not a run folder's config: {error} is missing or wrong.") from error

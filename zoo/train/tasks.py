@@ -1,7 +1,10 @@
-"""What differs between trainings: the model, its data, its loss and its metrics. The loop is in :mod:`engine`."""
+"""What differs between trainings: the model, its data and its loss. The loop is in :mod:`engine`."""
 
 import dataclasses
+import hashlib
 import logging
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,58 +13,96 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from zoo.config import ImageConfig
 from zoo.data.augment import Mixing, TrainTransform
-from zoo.data.image import EvalTransform, Normalise
-from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader
+from zoo.data.image import EvalTransform, decode_image
+from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader, Samples, TextSamples
 from zoo.data.sources import ImageSource, Relabelled, StreamSource, open_source, open_stream, stratified_holdout
+from zoo.data.text import open_documents
+from zoo.data.tokens import IGNORED, Rows, Tokens, is_token_folder, read_tokens, tokenize
 from zoo.errors import DataError, RecipeError
 from zoo.factory import create_model
 from zoo.preprocessing import Preprocessing
 from zoo.registry import get_config
+from zoo.train.distill import Teacher
 from zoo.train.recipe import Data, Recipe
+from zoo.train.run_folder import ModelRecord, RunFolder, write_file
+from zoo.train.schedule import img_size_at
+from zoo.train.scoring import ImageScoring, Scoring, TextScoring, next_token_logits
 
 _logger = logging.getLogger(__name__)
 
 
-class ImageClassification:
+class Task(ABC):
+    """A model with what it learns from and how.
+
+    Attributes:
+        model: On the CPU, in train mode.
+        train_samples: What is learned from.
+        val_samples: What is looked at while training; every one of them once.
+        scoring: How the model is judged on them.
+        shuffle: Whether the sampler is to permute the training samples.
+    """
+
+    model: nn.Module
+    train_samples: Samples
+    val_samples: Samples
+    scoring: Scoring
+    shuffle = True
+
+    @abstractmethod
+    def __init__(self, recipe: Recipe) -> None: ...
+
+    def check_batch(self, size: int) -> None:  # noqa: B027 -- most tasks have nothing to check
+        """Raise :class:`RecipeError` if passes of so many samples cannot be trained on."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
+        """The loss of each sample of a prepared training batch, ``[B]``; ``seed`` decides what is random."""
+
+    @abstractmethod
+    def write_record(self, folder: RunFolder, config: Any) -> None:
+        """Write what is needed to use the model."""
+
+    @abstractmethod
+    def data_hash(self) -> str:
+        """A fingerprint of the training data, SHA-256 in hexadecimal."""
+
+
+class ImageClassification(Task):
     """A picture in, a class out: cross-entropy, top-1 and top-5 accuracy.
 
     Attributes:
-        model: On the CPU, in train mode; its classifier fits the data set.
         preprocessing: What the model's input goes through.
         classes: Class names in label order.
     """
 
-    best_metric = "top1"  # higher is better
-
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        data = recipe.data
         overrides = dict(recipe.model.overrides)
         get_config(recipe.model.name).override(**overrides)  # a mistake shows before the data is read
         self._open_data(recipe)
-        self.classes = self.source.classes
         num_classes = overrides.pop("num_classes", len(self.classes))
         if num_classes != len(self.classes):
             raise DataError(
-                f"{data.name} has {len(self.classes)} classes, but model.overrides.num_classes is {num_classes}; "
-                "leave it out to fit the classifier to the data."
+                f"{recipe.data.name} has {len(self.classes)} classes, but model.overrides.num_classes is "
+                f"{num_classes}; leave it out to fit the classifier to the data."
             )
-        torch.manual_seed(recipe.seed)  # for what is initialised afresh
-        self.model = create_model(
-            recipe.model.name,
-            recipe.model.pretrained,
-            checkpoint=recipe.model.checkpoint or None,
-            num_classes=num_classes,
-            **overrides,
-        )
-        self.preprocessing = preprocessing_of(self.model, data)
-        self.prepare = Prepare(self.preprocessing, channels_last=recipe.train.channels_last)
+        self.model = _make_model(recipe, num_classes=num_classes, **overrides)
+        if not isinstance(self.model.config, ImageConfig):
+            raise RecipeError(f"{recipe.model.name} is no image model; set task='language-modelling'.")
+        self.preprocessing = preprocessing_of(self.model, recipe.data)
+        self.scoring = ImageScoring(self.preprocessing, channels_last=recipe.train.channels_last)
+        self.shuffle = not recipe.data.streaming  # a stream shuffles itself
         augment = recipe.augment
+        size = self.preprocessing.img_size
+        transform = TrainTransform(augment, self.preprocessing, lambda epoch: img_size_at(recipe.schedule, size, epoch))
+        self.train_samples = ImageSamples(self.source, self.train_indices, transform, seed=recipe.seed, replace=True)
+        self.val_samples = eval_samples(self.val_source, self.val_indices, self.preprocessing)
         self.mixing = Mixing(augment, num_classes) if augment.mixup or augment.cutmix else None
         self.smoothing = 0.0 if self.mixing else augment.smoothing  # mixing smooths the labels itself
-        if self.mixing and recipe.train.batch_size % 2:
-            raise RecipeError(f"train.batch_size is {recipe.train.batch_size}; mixup and cutmix need an even one.")
+        distill = recipe.distill
+        self.teacher = Teacher(distill, self.model, self.classes, self.preprocessing) if distill.teacher else None
 
     def _open_data(self, recipe: Recipe) -> None:
         data = recipe.data
@@ -73,6 +114,7 @@ class ImageClassification:
             )
         else:
             self.source = open_source(data.name, split=data.train_split, root=data.root)
+        self.classes = self.source.classes
         if data.val_split:
             self.val_source = open_split(data, data.val_split, self.source.classes)
             self.val_indices = np.arange(len(self.val_source))
@@ -81,36 +123,105 @@ class ImageClassification:
             self.val_source = self.source
             self.train_indices, self.val_indices = stratified_holdout(self.source.labels, data.holdout, recipe.seed)
 
-    def train_loader(self, accelerator: Accelerator) -> Loader:
-        """Shuffled, augmented batches for this process."""
-        recipe = self.recipe
-        dataset = ImageSamples(
-            self.source,
-            self.train_indices,
-            TrainTransform(recipe.augment, self.preprocessing),
-            seed=recipe.seed,
-            replace=True,
-        )
-        sampler = EpochSampler(
-            len(dataset),
-            recipe.train.batch_size,
-            shuffle=not recipe.data.streaming,  # a stream shuffles itself
-            drop_last=True,
-            seed=recipe.seed,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-        )
-        return Loader(dataset, sampler, workers=recipe.data.workers, max_corrupt=recipe.data.max_corrupt)
+    def check_batch(self, size: int) -> None:
+        if self.mixing and size % 2:
+            raise RecipeError(f"A forward pass has {size} samples; mixup and cutmix need an even number.")
 
-    def val_loader(self, accelerator: Accelerator) -> Loader:
-        """The validation split, or the held-out part of the training split; every sample once."""
-        return eval_loader(self.val_source, self.val_indices, self.preprocessing, self.recipe, accelerator)
-
-    def loss(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
-        """Mean loss of a training batch; ``seed`` decides how it is mixed."""
+    def losses(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
         if self.mixing is not None:
             batch = self.mixing(batch, *seed)
-        return F.cross_entropy(model(batch.inputs).float(), batch.targets, label_smoothing=self.smoothing)
+        if self.teacher is not None:
+            return self.teacher.losses(model, batch, smoothing=self.smoothing)
+        logits = model(batch.inputs)
+        return F.cross_entropy(logits.float(), batch.targets, label_smoothing=self.smoothing, reduction="none")
+
+    def write_record(self, folder: RunFolder, config: Any) -> None:
+        ModelRecord(self.recipe.model.name, config, self.preprocessing, self.classes).write(folder)
+        index = int(self.val_indices[0])
+        sample = decode_image(self.val_source.encoded(index), self.val_source.describe(index))
+        with write_file(folder.sample) as file:
+            sample.save(file, "PNG")
+
+    def data_hash(self) -> str:
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        if isinstance(self.source, ImageSource):
+            digest.update(self.source.labels.tobytes())
+            for i in range(len(self.source)):
+                digest.update(Path(self.source.describe(i)).name.encode())
+        else:
+            digest.update(self.source.name.encode())
+        return digest.hexdigest()
+
+
+class LanguageModelling(Task):
+    """Text in, the next token out: cross-entropy of every token that has a successor in its document."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        get_config(recipe.model.name).override(**recipe.model.overrides)
+        self.tokens, val_tokens = self._open_data(recipe.data)
+        self.model = _make_model(recipe, **recipe.model.overrides)
+        vocab_size = getattr(self.model.config, "vocab_size", None)
+        if vocab_size is None:
+            raise RecipeError(f"{recipe.model.name} is no language model; set task='image-classification'.")
+        if self.tokens.vocab_size > vocab_size:
+            raise RecipeError(
+                f"Tokenizer {self.tokens.tokenizer!r} has {self.tokens.vocab_size} tokens, {recipe.model.name} knows "
+                f"{vocab_size}; set model.overrides.vocab_size={self.tokens.vocab_size} or choose a smaller tokenizer."
+            )
+        self.scoring = TextScoring()
+        self.train_samples = TextSamples(Rows(self.tokens, recipe.data.seq_len))
+        self.val_samples = TextSamples(Rows(val_tokens, recipe.data.seq_len, keep_tail=True))
+
+    @staticmethod
+    def _open_data(data: Data) -> tuple[Tokens, Tokens]:
+        train = open_tokens(data, data.train_split)
+        return (train, open_tokens(data, data.val_split)) if data.val_split else train.split(data.holdout)
+
+    def losses(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
+        logits = next_token_logits(model, batch)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        # Each row counts equally, so that neither passes nor processes need to know each other's numbers of targets;
+        # rows differ by the few tokens that end a document.
+        counted = (batch.targets != IGNORED).sum(1).clamp(min=1)
+        return losses.view(batch.targets.shape).sum(1) / counted
+
+    def write_record(self, folder: RunFolder, config: Any) -> None:
+        ModelRecord(self.recipe.model.name, config, None, (), tokenizer=self.tokens.tokenizer).write(folder)
+
+    def data_hash(self) -> str:
+        digest = hashlib.sha256(self.tokens.tokenizer.encode())
+        for piece in self.tokens.pieces:
+            digest.update(np.ascontiguousarray(piece).data)
+        return digest.hexdigest()
+
+
+def _make_model(recipe: Recipe, **options: Any) -> Any:
+    torch.manual_seed(recipe.seed)  # for what is initialised afresh
+    model: Any = create_model(
+        recipe.model.name, recipe.model.pretrained, checkpoint=recipe.model.checkpoint or None, **options
+    )
+    if recipe.train.checkpoint_activations:
+        enable = getattr(model, "set_grad_checkpointing", None) or getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise RecipeError(f"{recipe.model.name} cannot checkpoint; set train.checkpoint_activations=false.")
+        enable()
+    return model
+
+
+def open_tokens(data: Data, split: str, *, root: str = "") -> Tokens:
+    """The tokens of a split: memory-mapped where `zoo data pack` made them, else made now, in memory.
+
+    Raises:
+        DataError: If the text cannot be read, or there is none.
+    """
+    place = Path(root or data.root or data.name).expanduser()
+    if is_token_folder(place):
+        return read_tokens(place, split)
+    documents = open_documents(data.name, split=split, root=root or data.root, column=data.text_column)
+    return tokenize(documents, data.tokenizer)
 
 
 def preprocessing_of(model: Any, data: Data) -> Preprocessing:
@@ -141,58 +252,17 @@ def open_split(data: Data, split: str, classes: tuple[str, ...], *, root: str = 
     return source
 
 
-class Prepare:
-    """Takes a batch of pictures to the device and normalises it there."""
-
-    def __init__(self, preprocessing: Preprocessing, *, channels_last: bool) -> None:
-        self.normalise = Normalise(preprocessing, reuse=True)  # a batch is done with when the next one comes
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def __call__(self, batch: Batch, device: torch.device) -> Batch:
-        batch = batch.to(device)
-        inputs = self.normalise(batch.inputs, batch.patches).contiguous(memory_format=self.layout)
-        return dataclasses.replace(batch, inputs=inputs, patches=())
+def eval_samples(source: ImageSource, indices: np.ndarray, preprocessing: Preprocessing) -> ImageSamples:
+    """Pictures as evaluation sees them."""
+    return ImageSamples(source, indices, EvalTransform(preprocessing), seed=0)
 
 
-def eval_loader(
-    source: ImageSource,
-    indices: np.ndarray,
-    preprocessing: Preprocessing,
-    recipe: Recipe,
-    accelerator: Accelerator,
-) -> Loader:
+def eval_loader(samples: Samples, recipe: Recipe, batch_size: int, accelerator: Accelerator) -> Loader:
     """Batches for evaluation: in order, every sample exactly once over all processes."""
-    dataset = ImageSamples(source, indices, EvalTransform(preprocessing), seed=0)
     sampler = EpochSampler(
-        len(dataset),
-        recipe.train.batch_size,
-        shuffle=False,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        len(samples), batch_size, shuffle=False, rank=accelerator.process_index, world=accelerator.num_processes
     )
-    return Loader(dataset, sampler, workers=recipe.data.workers, max_corrupt=recipe.data.max_corrupt)
+    return Loader(samples, sampler, workers=recipe.data.workers, max_corrupt=recipe.data.max_corrupt)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, prepare: Prepare, accelerator: Accelerator) -> dict[str, float]:
-    """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' batches."""
-    was_training = model.training
-    model.eval()
-    double = torch.float32 if accelerator.device.type == "mps" else torch.float64  # which MPS has not
-    totals = torch.zeros(4, dtype=double, device=accelerator.device)  # loss, top-1, top-5, samples
-    for batch in loader:
-        batch = prepare(batch, accelerator.device)
-        with accelerator.autocast():
-            logits = model(batch.inputs)
-        logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]
-        totals[0] += F.cross_entropy(logits, batch.targets, reduction="sum")
-        totals[1] += ranked[:, 0].sum()
-        totals[2] += ranked.any(1).sum()
-        totals[3] += len(batch.targets)
-    model.train(was_training)
-    loss, top1, top5, count = accelerator.reduce(totals).tolist()  # type: ignore[union-attr]
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
-
-
-TASKS = {"image-classification": ImageClassification}
+TASKS: dict[str, type[Task]] = {"image-classification": ImageClassification, "language-modelling": LanguageModelling}
