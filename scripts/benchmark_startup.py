@@ -1,27 +1,19 @@
-"""How long until there is a model: zoo against timm, side by side.
+"""How long ``import zoo`` takes against ``import timm``.
 
     python scripts/benchmark_startup.py [--rounds 15]
 
-Two comparisons, each interleaved so that both sides see the same machine:
-
-1. ``import zoo`` against ``import timm``, every time in a fresh process; the interpreter's own start is not counted.
-2. ``create_model("efficientvit_m5", ...)`` from the same safetensors file, after imports, in one process with two
-   threads. The file holds random weights, so nothing is downloaded.
+Every time in a fresh process, in turns, so that both sides see the same machine; the interpreter's own start is not
+counted. ``benchmark_weights.py`` goes on from there, to models with weights.
 """
 
 import argparse
-import gc
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
-
-MODEL = "efficientvit_m5"
+from importlib.metadata import version
 
 
 def import_seconds(package: str) -> float:
@@ -29,14 +21,6 @@ def import_seconds(package: str) -> float:
     code = f"import time; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
-
-
-def call_seconds(call: Callable[[], object]) -> float:
-    """Seconds that a call takes, after clearing the garbage of the one before."""
-    gc.collect()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def interleave(rounds: int, **timers: Callable[[], float]) -> dict[str, list[float]]:
@@ -66,28 +50,11 @@ def main() -> None:
 
     imports = interleave(rounds, zoo=lambda: import_seconds("zoo"), timm=lambda: import_seconds("timm"))
 
-    import timm
-    import torch
-
-    import zoo
-    from zoo.atomic import save_safetensors
-
-    torch.set_num_threads(2)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"{MODEL}.safetensors")
-        save_safetensors(zoo.create_model(MODEL).state_dict(), file)
-        creations = interleave(
-            rounds,
-            zoo=lambda: call_seconds(lambda: zoo.create_model(MODEL, checkpoint=file)),
-            timm=lambda: call_seconds(lambda: timm.create_model(MODEL, checkpoint_path=str(file))),
-        )
-
     print(
         f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__} with {torch.get_num_threads()} threads, timm {timm.__version__}, {rounds} rounds"
+        f"timm {version('timm')}, {rounds} rounds"
     )
     report("import", imports)
-    report(f"create_model({MODEL!r}) from a file", creations)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from zoo.atomic import save_safetensors
+from zoo.pretrained.source import overrides_of
+from zoo.registry import split_name
 from zoo.resources import folder
 from zoo.train.evaluate import evaluate_run
-from zoo.train.run_folder import RunFolder, read_json
+from zoo.train.run_folder import ModelRecord, RunFolder
 
 
 def main() -> None:
@@ -29,7 +31,9 @@ def main() -> None:
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     assert all(tensor.isfinite().all() for tensor in half.values()), "half precision overflows"
     target = folder("weights") / f"{arguments.name}.safetensors"
-    metadata = {"name": arguments.name, "licence": "apache-2.0", "config": json.dumps(read_json(run.config)["config"])}
+    model, tag = split_name(arguments.name)
+    overrides = overrides_of(ModelRecord.read(run).config, model)
+    metadata = {"model": model, "tag": tag, "licence": "apache-2.0", "config": json.dumps(overrides)}
     save_safetensors(half, target, metadata)
 
     figures = evaluate_run(run.path, weights=target)  # of the shipped file, not of the run's float32 weights

@@ -32,6 +32,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)  # added, or replaced
     cut_after: int = -1  # bytes of the body; -1: none
     wait: float = 0.0  # seconds, before the answer
+    hang: float = 0.0  # seconds, with the connection open, before the cut
     times: int = 1  # how many requests
 
 
@@ -44,9 +45,9 @@ class Hub:
     branches: dict[str, dict[str, str]] = field(default_factory=dict)  # repo -> branch -> commit
     large: dict[str, bytes] = field(default_factory=dict)  # uploaded, by sha256
     plain: dict[str, bytes] = field(default_factory=dict)  # path -> content, outside any repository
-    gated: set[str] = field(default_factory=set)
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, Message]] = field(default_factory=list)  # method, path, headers
+    over: threading.Event = field(default_factory=threading.Event)  # the test is
     redirects: bool = False  # large files from another address, as the Hub does
     ranges: bool = True  # whether a download can be continued
 
@@ -92,9 +93,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, content, headers = self.route(path, body)
         if fault is not None:
             headers |= fault.headers
-        self.send(status, content, headers, cut_after=-1 if fault is None else fault.cut_after)
+        self.send(status, content, headers, -1 if fault is None else fault.cut_after, fault.hang if fault else 0.0)
 
-    def send(self, status: int, content: bytes, headers: dict[str, str], cut_after: int = -1) -> None:
+    def send(
+        self, status: int, content: bytes, headers: dict[str, str], cut_after: int = -1, hang: float = 0.0
+    ) -> None:
         start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) if self.hub.ranges else None
         if status == 200 and start and self.command == "GET":
             first, size = int(start[1]), len(content)
@@ -108,6 +111,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         self.wfile.write(content if cut_after < 0 else content[:cut_after])
         if cut_after >= 0:
+            self.wfile.flush()
+            self.hub.over.wait(hang)
             self.close_connection = True
 
     def route(self, path: str, body: bytes) -> tuple[int, bytes, dict[str, str]]:
@@ -157,8 +162,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, revision: str, file: str) -> tuple[int, bytes, dict[str, str]]:
         hub = self.hub
-        if repo in hub.gated:
-            return 403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "You are not in the authorised list"}
         if repo not in hub.commits:
             return 401, b"", {"X-Error-Code": "RepoNotFound"}
         commit = hub.branches[repo].get(revision, revision)
@@ -201,11 +204,12 @@ def hub() -> Iterator[Hub]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import random
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +339,20 @@ def test_url_redirected_to_plain_http_elsewhere(served: Any, client: Any) -> Non
 @pytest.mark.parametrize("path", ["/files/..", "/files/%2e%2e", "/files/", "/files/.hidden", "/files/a b"])
 def test_url_whose_name_is_no_file_name(path: str, served: Any, client: Any) -> None:
     assert "its last part is no file name" in client.run(fetch(served, path=path))
+
+
+def test_url_after_a_kill_is_continued(served: Any, client: Any) -> None:
+    served.fail(URL_PATH, cut_after=100_000, hang=60.0)
+    client.setup = "pauses = []\n"
+    killed = client.start(fetch(served))
+    part = client.home / "zoo" / "downloads" / SHA256 / f".{FILE}.part"
+    deadline = time.monotonic() + 60
+    while not (part.is_file() and part.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    have = part.stat().st_size
+    assert 0 < have <= 100_000
+    assert Path(client.run(fetch(served))).read_bytes() == CONTENT
+    assert served.requests[-1][2]["Range"] == f"bytes={have}-"

@@ -64,8 +64,10 @@ def info(
         facts.add_row(field, repr(value))
     out.print(facts)
     for each in weights:
-        place = each.hub or f"packaged with zoo ({each.file})"
-        out.print(f"\n[bold]{each.name}[/bold]  {place}, licence {each.licence}")
+        place = f"packaged with zoo ({each.file})" if each.packaged else each.place
+        out.print(f"\n[bold]{each.name}[/bold]  {place}, licence {each.licence}", soft_wrap=True)
+        if each.pickled:
+            out.print("a pickle, to convert once: `zoo weights convert`")
         facts = table("", "")
         facts.show_header = False
         for metric in each.metrics:

@@ -156,20 +156,22 @@ def _unfold_batch_norms(state: dict[str, Tensor], model: nn.Module) -> dict[str,
     """Put identities in the places of batch norms that are missing because they were folded, each into its neighbour.
 
     Two ways of folding are known: the layer that does both stands under the name of the pair, or under its own, with a
-    bias that it did not have. Only a state dict without any batch norm is taken for one of these.
+    bias. A bias that it did not have shows that it was folded; otherwise, that there is no batch norm left at all.
     """
     norms = {path for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    if not norms or any(f"{path}.running_var" in state for path in norms):
+    folded = {path for path in norms if f"{path}.running_var" not in state}
+    if not folded:
         return state
     own = model.state_dict()
     layer = ""  # the last convolution or linear layer before the norm
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             layer = path
-        if path not in norms:
+        if path not in folded:
             continue
         pair = path.rpartition(".")[0]
-        if f"{pair}.weight" in state:
+        paired = f"{pair}.weight" in state
+        if paired:
             members = model.get_submodule(pair).named_children()
             layers = [name for name, member in members if isinstance(member, nn.Conv2d | nn.Linear)]
             layer = f"{pair}.{layers[0]}" if layers else layer
@@ -177,6 +179,8 @@ def _unfold_batch_norms(state: dict[str, Tensor], model: nn.Module) -> dict[str,
                 if f"{pair}.{entry}" in state:
                     state[f"{layer}.{entry}"] = state.pop(f"{pair}.{entry}")
         added = f"{layer}.bias" in state and f"{layer}.bias" not in own
+        if not paired and not added and folded != norms:
+            continue  # it is missing
         channels, eps = module.num_features, module.eps  # type: ignore[union-attr]
         identity = {
             "weight": torch.ones(channels),

@@ -243,7 +243,7 @@ def _download(url: str, part: Path) -> None:
             part.open("ab" if have else "wb") as file,
             tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.name[1:-5], leave=False) as progress,
         ):
-            while chunk := answer.read(_CHUNK):
+            while chunk := answer.read1(_CHUNK):  # what has arrived, so that a kill loses little
                 file.write(chunk)
                 progress.update(len(chunk))
             file.flush()
