@@ -4,16 +4,14 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import zoo
-from zoo.config import ModelConfig
 from zoo.data.pruning import LossPruning, RandomPruning
 from zoo.data.text import open_documents
 from zoo.data.tokens import write_tokens
@@ -26,42 +24,6 @@ from zoo.train.run_folder import RunFolder
 from zoo.train.schedule import img_size_at, learning_rate
 
 
-@dataclass(frozen=True, kw_only=True)
-class TinyTextConfig(ModelConfig):
-    vocab_size: int = 257
-    hidden_size: int = 24
-
-
-class TinyText(nn.Module):
-    """A gated recurrent network; positions tell it where to forget."""
-
-    def __init__(self, config: TinyTextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.mix = nn.GRU(config.hidden_size, config.hidden_size, batch_first=True)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        assert position_ids.shape == input_ids.shape
-        return self.lm_head(self.mix(self.embed_tokens(input_ids))[0])
-
-
-FAMILY = zoo.Family(
-    "tiny_text_for_tests", config=TinyTextConfig, model=TinyText, title="", paper="", code="none", licence="Apache-2.0"
-)
-
-
-@FAMILY.variant
-def tiny_text_for_tests() -> TinyTextConfig:
-    return TinyTextConfig()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> None:
-    zoo.register(FAMILY)
-
-
 @pytest.fixture(scope="module")
 def text_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """48 rows a pass of 33 tokens, 6 steps in each of 3 epochs."""
@@ -70,7 +32,7 @@ def text_recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     path.write_text("".join(json.dumps({"text": lines[i % 3]}) + "\n" for i in range(70)))
     values = {
         "task": "language-modelling",
-        "model": {"name": "tiny_text_for_tests"},
+        "model": {"name": "plain_text"},
         "data": {"name": str(path), "seq_len": 32, "holdout": 0.2, "workers": 0},
         "optim": {"lr": 1e-2},
         "schedule": {"epochs": 3},
@@ -94,7 +56,7 @@ def test_text_is_learned(text_recipe: Recipe, tmp_path: Path, capsys: pytest.Cap
     assert "held-out loss " in capsys.readouterr().out
     figures = evaluate_run(result.folder)
     assert {key: figures[key] for key in result.metrics} == result.metrics
-    with pytest.raises(WeightsError, match=r"holds tiny_text_for_tests, which reads text; expected a classifier"):
+    with pytest.raises(WeightsError, match=r"holds plain_text, which reads text; expected a classifier"):
         load_run(result.folder)
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["recipe_sha256"] == hashlib.sha256((result.folder / "recipe.toml").read_bytes()).hexdigest()
@@ -137,7 +99,7 @@ def test_text_that_does_not_fit(text_recipe: Recipe, tmp_path: Path) -> None:
         (
             {"model.overrides.vocab_size": 200},
             RecipeError,
-            r"^Tokenizer 'bytes' has 257 tokens, tiny_text_for_tests kno",
+            r"^Tokenizer 'bytes' has 257 tokens, plain_text kno",
         ),
         ({"data.name": str(tmp_path / "empty.txt")}, DataError, r"empty.txt holds no text.$"),
         ({"data.seq_len": 10**6}, DataError, r"tokens are too few for one row of 1000000; lower data.seq_len.$"),
@@ -149,7 +111,7 @@ def test_text_that_does_not_fit(text_recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_a_text_model_does_not_classify(tiny_recipe: Callable, tmp_path: Path) -> None:
-    changes = {"model.name": "tiny_text_for_tests", "model.overrides": {}}
+    changes = {"model.name": "plain_text", "model.overrides": {}}
     with pytest.raises(zoo.ConfigError, match=r"has no field 'num_classes'"):
         train(tiny_recipe(**changes), tmp_path / "run", quiet=True)
 
