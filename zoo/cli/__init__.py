@@ -6,7 +6,7 @@ import sys
 import typer
 
 import zoo
-from zoo.cli import evaluate, finetune, info, listing, predict
+from zoo.cli import data, evaluate, finetune, info, listing, predict
 from zoo.errors import ZooError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("predict")(predict.predict)
 app.command("train")(finetune.train)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(data.app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

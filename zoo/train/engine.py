@@ -221,18 +221,7 @@ class _Run:
         batches = iter(self.train_loader)
         alone = accelerator.num_processes == 1
         while self.epoch_step < self.epoch_steps:
-            rate = self._set_learning_rate()
-            # Dropout and stochastic depth draw from here: a function of the step alone.
-            torch.manual_seed(derive_seed(recipe.seed, self.step, accelerator.process_index))
-            loss = self._optimiser_step(batches)
-            self._unchecked.append((self.step, rate, loss))
-            self.step += 1
-            self.epoch_step += 1
-            if self.ema is not None:
-                self.ema.update(self.plain_model, step=self.step)
-            if (alone and accelerator.device.type == "cpu") or len(self._unchecked) >= _CHECK_EVERY:
-                self._check_losses()
-            self.progress.advance(self.loss_sum / max(self.epoch_step - len(self._unchecked), 1))
+            self._step(batches)
             last = self.epoch_step == self.epoch_steps
             if recipe.train.save_steps and not last and self.step % recipe.train.save_steps == 0:
                 self._save()
@@ -240,6 +229,23 @@ class _Run:
                 self._stop()
         self._check()
         self.progress.end_epoch()
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """An optimiser step with all that surrounds it."""
+        accelerator = self.accelerator
+        rate = self._set_learning_rate()
+        # Dropout and stochastic depth draw from here: a function of the step alone.
+        torch.manual_seed(derive_seed(self.recipe.seed, self.step, accelerator.process_index))
+        loss = self._optimiser_step(batches)
+        self._unchecked.append((self.step, rate, loss))
+        self.step += 1
+        self.epoch_step += 1
+        if self.ema is not None:
+            self.ema.update(self.plain_model, step=self.step)
+        alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
+        if alone or len(self._unchecked) >= _CHECK_EVERY:
+            self._check_losses()
+        self.progress.advance(self.loss_sum / max(self.epoch_step - len(self._unchecked), 1))
 
     def _set_learning_rate(self) -> float:
         share = self.epoch_step / self.epoch_steps
