@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 import zoo
@@ -65,6 +66,7 @@ def test_the_run_folder_is_complete(finished: Result) -> None:
         "checkpoint.safetensors",
         "metrics.csv",
         "curves.png",
+        "report.html",
         "result.json",
         "sample.png",
         "tensorboard",
@@ -73,6 +75,16 @@ def test_the_run_folder_is_complete(finished: Result) -> None:
     environment = json.loads((finished.folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
     assert load_run(finished.folder).predict([finished.folder / "sample.png"])[0][0][0] in ("blue", "green", "red")
+
+
+def test_the_report_shows_what_was_kept_and_what_it_cost(finished: Result) -> None:
+    page = (finished.folder / "report.html").read_text()
+    assert f"averaged weights of epoch {finished.epoch}: top-1 {finished.metrics['top1']:.2f} %" in page
+    assert "last epoch, raw weights" in page
+    assert f"{12 * 6 * 8:,} in {12 * 6:,} steps; " in page
+    assert page.count('src="data:image/png;base64,') >= 2
+    assert "Confusion matrix" in page
+    assert re.search(r"peak memory</td><td>[\d,]+ MB", page)
 
 
 def test_the_best_epoch_is_kept_and_is_what_the_result_says(finished: Result) -> None:
@@ -254,6 +266,15 @@ def test_a_precision_that_the_device_has_not_is_one_clear_line(monkeypatch: pyte
         device.make_accelerator("bf16")
 
 
+def test_sharing_the_model_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded:
+        distributed_type = DistributedType.FSDP
+
+    monkeypatch.setattr(device, "Accelerator", lambda **_: Sharded())
+    with pytest.raises(RecipeError, match=r"^accelerate is set to FSDP; zoo's checkpoints hold whole models so far, "):
+        device.make_accelerator("fp32")
+
+
 @pytest.mark.parametrize("package, what", [("matplotlib", "Plotting the curves"), ("tensorboard", "train.tensorboard")])
 def test_a_missing_package_shows_before_the_work_begins(
     tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, what: str
@@ -335,6 +356,9 @@ def test_some_damaged_pictures_may_be_skipped(tiny_recipe: Callable, class_folde
     changes = {"data.name": str(tmp_path / "data"), "data.max_corrupt": 2, "data.workers": 1}
     result = train(tiny_recipe(**changes), tmp_path / "run", quiet=True)
     assert read_metrics(result.folder)[-1]["step"] == 12
+    page = (result.folder / "report.html").read_text()
+    assert "2 samples could not be read" in page
+    assert str(tmp_path / "data" / "red" / "03.png") in page
 
 
 def test_a_split_of_its_own_for_validation(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_text_is_learned(text_recipe: Recipe, tmp_path: Path, capsys: pytest.Cap
     assert {key: figures[key] for key in result.metrics} == result.metrics
     with pytest.raises(WeightsError, match=r"holds plain_text, which reads text; expected a classifier"):
         load_run(result.folder)
+    assert "What it writes after" in (result.folder / "report.html").read_text()
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["recipe_sha256"] == hashlib.sha256((result.folder / "recipe.toml").read_bytes()).hexdigest()
 
