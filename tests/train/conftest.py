@@ -1,5 +1,6 @@
 """What the tests of training share."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,7 +8,20 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import zoo
 from zoo.train.run_folder import RunFolder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_models() -> None:
+    """Registers ``plain_images`` and ``plain_text``, in which the samples of a batch do not see each other."""
+    spec = importlib.util.spec_from_file_location("plain_models", Path(__file__).with_name("plain_models.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for family in (module.IMAGES, module.TEXT):
+        zoo.register(family)
 
 
 class Outcome:

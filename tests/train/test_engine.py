@@ -3,55 +3,29 @@
 import csv
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 import zoo
-from zoo.config import ImageConfig
-from zoo.errors import ConfigError, DataError, MissingExtraError, RecipeError, TrainingError
+from zoo.errors import ConfigError, DataError, MissingExtraError, Preempted, RecipeError, TrainingError
 from zoo.inference import load_run
-from zoo.models._backbone import Backbone
 from zoo.train import device, engine
 from zoo.train.checkpoint import load_checkpoint
-from zoo.train.engine import Result, _Run, train
+from zoo.train.engine import Result, _passes, _Run, train
 from zoo.train.evaluate import evaluate_run
 from zoo.train.finetune import finetune
+from zoo.train.recipe import Train
 from zoo.train.run_folder import RunFolder
-
-
-class Plain(Backbone):
-    """A network without batch norm, in which samples do not see each other."""
-
-    def __init__(self, config: ImageConfig) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(config.in_chans, 8, 8, stride=8)
-        self.stages = nn.Sequential(nn.GELU())
-        self.finish(config, widths=(8,), reductions=(8,))
-
-    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem(x)
-
-
-FAMILY = zoo.Family(
-    "plain_for_tests", config=ImageConfig, model=Plain, title="Plain", paper="", code="none", licence="Apache-2.0"
-)
-
-
-@FAMILY.variant
-def plain_for_tests() -> ImageConfig:
-    return ImageConfig(img_size=32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered() -> None:
-    zoo.register(FAMILY)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -92,6 +66,7 @@ def test_the_run_folder_is_complete(finished: Result) -> None:
         "checkpoint.safetensors",
         "metrics.csv",
         "curves.png",
+        "report.html",
         "result.json",
         "sample.png",
         "tensorboard",
@@ -100,6 +75,16 @@ def test_the_run_folder_is_complete(finished: Result) -> None:
     environment = json.loads((finished.folder / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
     assert load_run(finished.folder).predict([finished.folder / "sample.png"])[0][0][0] in ("blue", "green", "red")
+
+
+def test_the_report_shows_what_was_kept_and_what_it_cost(finished: Result) -> None:
+    page = (finished.folder / "report.html").read_text()
+    assert f"averaged weights of epoch {finished.epoch}: top-1 {finished.metrics['top1']:.2f} %" in page
+    assert "last epoch, raw weights" in page
+    assert f"{12 * 6 * 8:,} in {12 * 6:,} steps; " in page
+    assert page.count('src="data:image/png;base64,') >= 2
+    assert "Confusion matrix" in page
+    assert re.search(r"peak memory</td><td>[\d,]+ MB", page)
 
 
 def test_the_best_epoch_is_kept_and_is_what_the_result_says(finished: Result) -> None:
@@ -161,7 +146,7 @@ def test_a_run_that_died_before_its_recipe_was_written_starts_anew(tiny_recipe: 
 
 
 def test_accumulation_equals_the_larger_batch(tiny_recipe: Callable, tmp_path: Path) -> None:
-    plain = {"model.name": "plain_for_tests", "model.overrides": {"img_size": 32}, "optim.name": "sgd"}
+    plain = {"model.name": "plain_images", "model.overrides": {"img_size": 32}, "optim.name": "sgd"}
     plain["train.batch_size"] = 16
     whole = train(tiny_recipe(**plain), tmp_path / "whole", quiet=True)
     split = train(tiny_recipe(**plain, **{"train.micro_batch": 11}), tmp_path / "split", quiet=True)  # 2 of 8
@@ -170,7 +155,7 @@ def test_accumulation_equals_the_larger_batch(tiny_recipe: Callable, tmp_path: P
         torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-6)
     steps = [[row["step"] for row in read_metrics(result.folder)] for result in (whole, split)]
     assert steps == [[3, 6], [3, 6]]
-    start = zoo.create_model("plain_for_tests", num_classes=3).state_dict()
+    start = zoo.create_model("plain_images", num_classes=3).state_dict()
     assert not any(torch.allclose(left[name], start[name]) for name in left)
 
 
@@ -281,6 +266,15 @@ def test_a_precision_that_the_device_has_not_is_one_clear_line(monkeypatch: pyte
         device.make_accelerator("bf16")
 
 
+def test_sharing_the_model_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharded:
+        distributed_type = DistributedType.FSDP
+
+    monkeypatch.setattr(device, "Accelerator", lambda **_: Sharded())
+    with pytest.raises(RecipeError, match=r"^accelerate is set to FSDP; zoo's checkpoints hold whole models so far, "):
+        device.make_accelerator("fp32")
+
+
 @pytest.mark.parametrize("package, what", [("matplotlib", "Plotting the curves"), ("tensorboard", "train.tensorboard")])
 def test_a_missing_package_shows_before_the_work_begins(
     tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, what: str
@@ -362,6 +356,9 @@ def test_some_damaged_pictures_may_be_skipped(tiny_recipe: Callable, class_folde
     changes = {"data.name": str(tmp_path / "data"), "data.max_corrupt": 2, "data.workers": 1}
     result = train(tiny_recipe(**changes), tmp_path / "run", quiet=True)
     assert read_metrics(result.folder)[-1]["step"] == 12
+    page = (result.folder / "report.html").read_text()
+    assert "2 samples could not be read" in page
+    assert str(tmp_path / "data" / "red" / "03.png") in page
 
 
 def test_a_split_of_its_own_for_validation(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:
@@ -396,3 +393,89 @@ def test_epochs_are_told_where_there_is_no_terminal(
     assert "held-out top-1 " in lines[0]
     assert "averaged weights " in lines[0]
     assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "batch_size, limit, world, expected",
+    [
+        (8, 0, 1, (8, 1)),
+        (8, 8, 1, (8, 1)),
+        (8, 3, 1, (2, 4)),
+        (8, 99, 2, (4, 1)),
+        (12, 4, 2, (3, 2)),
+        (7, 2, 1, (1, 7)),
+    ],
+)
+def test_the_batch_is_reached_by_accumulation(
+    batch_size: int, limit: int, world: int, expected: tuple[int, int]
+) -> None:
+    assert _passes(Train(batch_size=batch_size, micro_batch=limit), world) == expected
+    micro_batch, passes = expected
+    assert micro_batch * passes * world == batch_size
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"is 9, which 2 processes cannot share equally; the nearest .* is 8.$"):
+        _passes(Train(batch_size=9), 2)
+
+
+def test_sigterm_saves_and_a_resumed_run_is_the_same(
+    tiny_recipe: Callable, tmp_path: Path, outcome: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, before = _Run._optimiser_step, signal.getsignal(signal.SIGTERM)
+
+    def terminate(self: _Run, batches: object) -> torch.Tensor:
+        if self.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches)
+
+    whole = train(tiny_recipe(), tmp_path / "whole", quiet=True)
+    monkeypatch.setattr(_Run, "_optimiser_step", terminate)
+    with pytest.raises(Preempted, match=r"^Stopped by SIGTERM after step 9; .*safetensors is saved, --resume goes on "):
+        train(tiny_recipe(), tmp_path / "run", quiet=True)
+    assert Preempted.exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    train(tiny_recipe(), tmp_path / "run", resume=True, quiet=True)
+    assert outcome(tmp_path / "run") == outcome(whole.folder)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_running_out_of_memory_says_what_to_lower(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(self: _Run, batches: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(_Run, "_optimiser_step", fail)
+    with pytest.raises(TrainingError) as caught:
+        train(tiny_recipe(), tmp_path / "run", quiet=True)
+    assert str(caught.value) == (
+        "Out of memory at step 0. To go on, lower train.micro_batch (now 8), which leaves the batch of a step as it is"
+        ", or use train.precision='bf16', or set train.checkpoint_activations=true."
+    )
+
+
+def test_checkpointed_activations_change_no_gradient(tiny_recipe: Callable, tmp_path: Path) -> None:
+    runs = [
+        train(tiny_recipe(**{"train.checkpoint_activations": each}), tmp_path / str(each), quiet=True).folder
+        for each in (False, True)
+    ]
+    left, right = (read_metrics(run) for run in runs)
+    # Not so the figures of evaluation: the second forward pass moves batch norm's running statistics once more.
+    assert [row["train_loss"] for row in left] == pytest.approx([row["train_loss"] for row in right], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_but_for_rounding(tiny_recipe: Callable, tmp_path: Path) -> None:
+    changes = {"model.name": "plain_images", "model.overrides": {"img_size": 32}, "schedule.epochs": 1}
+    plain = train(tiny_recipe(**changes), tmp_path / "plain", quiet=True)
+    compiled = train(tiny_recipe(**changes, **{"train.compile": True}), tmp_path / "compiled", quiet=True)
+    assert read_metrics(plain.folder)[0] == pytest.approx(read_metrics(compiled.folder)[0], rel=1e-4)
+    assert load_run(compiled.folder).labels == ("blue", "green", "red")

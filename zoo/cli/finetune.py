@@ -39,6 +39,8 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
         print(recipe.to_toml(), end="")
         return
     require("accelerate", extra="train", why="Training")
+    from accelerate import PartialState
+
     from zoo.train.finetune import finetune
 
     out = out or Path("runs") / find_recipe(name).stem
@@ -47,6 +49,8 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
     except KeyboardInterrupt as interrupt:
         print(f"zoo: interrupted; with --resume the same command continues {out}.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
+    if not PartialState().is_main_process:  # one of several says it
+        return
     screen = console()
     figure, heading = ("top1", ">top-1 (%)") if "top1" in comparison.result.metrics else ("perplexity", ">perplexity")
     grid = table("held-out part", heading, ">loss (nats)", ">epoch", ">minutes")

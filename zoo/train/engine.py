@@ -9,6 +9,7 @@ import logging
 import math
 import platform
 import signal
+import sys
 import threading
 import time
 import tomllib
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import zoo
@@ -28,6 +31,8 @@ from zoo.config import ModelConfig
 from zoo.data.loader import Batch, EpochSampler, Loader, derive_seed
 from zoo.data.pruning import PRUNING, Pruning
 from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason, require
+from zoo.pretrained.load import fit_state_dict, load_state_dict
+from zoo.registry import family_of
 from zoo.train import report
 from zoo.train.checkpoint import load_checkpoint, save_checkpoint, write
 from zoo.train.device import make_accelerator
@@ -205,9 +210,36 @@ class _Run:
         result = Result(folder.path, _figures(self.best), int(self.best["epoch"]), self.seconds)
         if self.accelerator.is_main_process:
             report.plot_curves(self.history, folder.curves)
+            self._write_report(result)
             write_json(folder.result, {"metrics": result.metrics, "epoch": result.epoch, "seconds": result.seconds})
         self.accelerator.wait_for_everyone()
         return result
+
+    def _write_report(self, result: Result) -> None:
+        """One page about the run. The model shown is that of ``model.safetensors``, whichever epoch it is from."""
+        recipe, scoring = self.recipe, self.task.scoring
+        model = self.plain_model
+        fit_state_dict(model, load_state_dict(self.folder.weights), family_of(self.config))
+        model.eval()
+        last = self.history[-1]
+        kind = "averaged" if self.ema is not None else "raw"
+        facts = [("kept", f"{kind} weights of epoch {result.epoch}: {scoring.headline(result.metrics)}")]
+        for prefix, name in (("val_", "last epoch, raw weights"), ("ema_", "last epoch, averaged weights")):
+            if figures := {key.removeprefix(prefix): last[key] for key in last if key.startswith(prefix)}:
+                facts.append((name, scoring.headline(figures)))
+        samples = self.step * recipe.train.batch_size
+        facts += [
+            ("time", f"{result.seconds / 60:.1f} minutes, with validation"),
+            ("samples", f"{samples:,} in {self.step:,} steps; {samples / result.seconds:.1f} a second"),
+            ("peak memory", f"{_peak_memory(self.accelerator.device) / 1e6:,.0f} MB, of this sitting and process"),
+            ("processes", f"{self.accelerator.num_processes} on {self.accelerator.device.type}"),
+            ("seed", str(recipe.seed)),
+        ]
+        skipped = self.train_loader.skipped | self.val_loader.skipped
+        title = f"{recipe.model.name} on {recipe.data.name}"
+        page = report.Page(title, self.history, facts, skipped=skipped)
+        self.task.illustrate(page, model, self.accelerator)
+        report.write_report(page, self.folder.report)
 
     def _terminate(self) -> None:
         self.terminated = True
@@ -221,18 +253,7 @@ class _Run:
         batches = iter(self.train_loader)
         alone = accelerator.num_processes == 1
         while self.epoch_step < self.epoch_steps:
-            rate = self._set_learning_rate()
-            # Dropout and stochastic depth draw from here: a function of the step alone.
-            torch.manual_seed(derive_seed(recipe.seed, self.step, accelerator.process_index))
-            loss = self._optimiser_step(batches)
-            self._unchecked.append((self.step, rate, loss))
-            self.step += 1
-            self.epoch_step += 1
-            if self.ema is not None:
-                self.ema.update(self.plain_model, step=self.step)
-            if (alone and accelerator.device.type == "cpu") or len(self._unchecked) >= _CHECK_EVERY:
-                self._check_losses()
-            self.progress.advance(self.loss_sum / max(self.epoch_step - len(self._unchecked), 1))
+            self._step(batches)
             last = self.epoch_step == self.epoch_steps
             if recipe.train.save_steps and not last and self.step % recipe.train.save_steps == 0:
                 self._save()
@@ -240,6 +261,23 @@ class _Run:
                 self._stop()
         self._check()
         self.progress.end_epoch()
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """An optimiser step with all that surrounds it."""
+        accelerator = self.accelerator
+        rate = self._set_learning_rate()
+        # Dropout and stochastic depth draw from here: a function of the step alone.
+        torch.manual_seed(derive_seed(self.recipe.seed, self.step, accelerator.process_index))
+        loss = self._optimiser_step(batches)
+        self._unchecked.append((self.step, rate, loss))
+        self.step += 1
+        self.epoch_step += 1
+        if self.ema is not None:
+            self.ema.update(self.plain_model, step=self.step)
+        alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
+        if alone or len(self._unchecked) >= _CHECK_EVERY:
+            self._check_losses()
+        self.progress.advance(self.loss_sum / max(self.epoch_step - len(self._unchecked), 1))
 
     def _set_learning_rate(self) -> float:
         share = self.epoch_step / self.epoch_steps
@@ -378,6 +416,9 @@ class _Run:
         self._check()
         if self.pruning is not None:
             self.pruning.gather(self.accelerator)
+        if self.accelerator.num_processes > 1:
+            for skipped in gather_object([self.train_loader.skipped]):
+                self.train_loader.skipped |= skipped
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         if self.accelerator.is_main_process:
@@ -471,6 +512,18 @@ def _make_pruning(recipe: Recipe, size: int) -> Pruning | None:
     return PRUNING[recipe.data.pruning](
         size, fraction=recipe.data.prune_fraction, epochs=recipe.schedule.epochs, seed=recipe.seed
     )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows has not
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _code_hash() -> str:

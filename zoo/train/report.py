@@ -1,10 +1,19 @@
-"""Pictures of a run."""
+"""What a run came to, as pictures and as one page of HTML."""
 
+import base64
+import io
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from zoo.errors import require
-from zoo.train.run_folder import write_file
+from zoo.train.run_folder import write_file, write_text
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def require_plotting() -> Any:
@@ -25,6 +34,11 @@ def plot_curves(
     Raises:
         TrainingError: If the file cannot be written.
     """
+    with write_file(path) as file:
+        file.write(_curves(history, other))
+
+
+def _curves(history: list[dict[str, float]], other: dict[str, list[dict[str, float]]] | None = None) -> bytes:
     pyplot = _pyplot()
     figure = "top1" if history and "val_top1" in history[0] else "perplexity"
     canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -45,11 +59,94 @@ def plot_curves(
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
+    return _png(canvas)
+
+
+@dataclass
+class Page:
+    """What :func:`write_report` shows.
+
+    Attributes:
+        title: What was trained on what.
+        history: A row an epoch.
+        facts: Lines of a table, as (what, value).
+        pictures: PNG files' bytes, each with what it shows.
+        texts: What a language model writes, each with what it was given.
+        skipped: Samples that could not be read: where they are, and why.
+    """
+
+    title: str
+    history: list[dict[str, float]]
+    facts: list[tuple[str, str]]
+    pictures: list[tuple[str, bytes]] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def write_report(page: Page, path: Path) -> None:
+    """Write one file of HTML that needs no other.
+
+    Raises:
+        TrainingError: If it cannot be written.
+    """
+    parts = [f"<h1>{escape(page.title)}</h1>", _table(page.facts)]
+    for caption, data in [("Loss and accuracy by epoch", _curves(page.history)), *page.pictures]:
+        encoded = base64.b64encode(data).decode()
+        parts.append(f'<h2>{escape(caption)}</h2><img alt="{escape(caption)}" src="data:image/png;base64,{encoded}">')
+    for prompt, text in page.texts:
+        parts.append(f"<h2>What it writes after {escape(repr(prompt))}</h2><pre>{escape(text)}</pre>")
+    if page.skipped:
+        parts.append(f"<h2>{len(page.skipped)} samples could not be read</h2>{_table(list(page.skipped.items()))}")
+    html = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(page.title)}</title>'
+        f"<style>{_STYLE}</style>{''.join(parts)}</html>\n"
+    )
+    write_text(path, html)
+
+
+_STYLE = "body{font:16px sans-serif;margin:2em auto;max-width:64em}img{max-width:100%}td{padding:.1em 1em .1em 0}"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = (f"<tr><td>{escape(what)}</td><td>{escape(value)}</td></tr>" for what, value in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def confusion_picture(counts: np.ndarray, classes: tuple[str, ...]) -> bytes:
+    """A confusion matrix as a PNG: ``counts[i, j]`` samples of class i were taken for class j."""
+    pyplot = _pyplot()
+    side = min(max(4.0, 0.35 * len(classes)), 14.0)
+    canvas, axes = pyplot.subplots(figsize=(side + 1, side), layout="constrained")
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    canvas.colorbar(image, ax=axes, label="share of the class's samples")
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true")
+    return _png(canvas)
+
+
+def mistakes_picture(mistakes: "list[tuple[Image.Image, str]]") -> bytes:
+    """Pictures with captions, five in a row, as a PNG."""
+    pyplot = _pyplot()
+    rows = -(-len(mistakes) // 5)
+    canvas, grid = pyplot.subplots(rows, 5, figsize=(11, 2.5 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (image, caption) in zip(grid.flat, mistakes, strict=False):
+        axes.imshow(image)
+        axes.set_title(caption, fontsize=8)
+    return _png(canvas)
+
+
+def _png(canvas: Any) -> bytes:
+    buffer = io.BytesIO()
     try:
-        with write_file(path) as file:
-            canvas.savefig(file, dpi=120, format="png")
+        canvas.savefig(buffer, dpi=120, format="png")
     finally:
-        pyplot.close(canvas)
+        _pyplot().close(canvas)
+    return buffer.getvalue()
 
 
 def _pyplot() -> Any:

@@ -8,6 +8,7 @@ model.safetensors    the weights to use
 checkpoint.safetensors   everything that resuming needs
 metrics.csv          a row an epoch
 curves.png           the same as a picture
+report.html          curves, mistakes or samples of text, cost
 result.json          the final figures
 sample.png           a held-out picture to try `zoo predict` on
 """
@@ -76,6 +77,10 @@ class RunFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.png"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def result(self) -> Path:

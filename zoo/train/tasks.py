@@ -19,16 +19,20 @@ from zoo.data.image import EvalTransform, decode_image
 from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader, Samples, TextSamples
 from zoo.data.sources import ImageSource, Relabelled, StreamSource, open_source, open_stream, stratified_holdout
 from zoo.data.text import open_documents
-from zoo.data.tokens import IGNORED, Rows, Tokens, is_token_folder, read_tokens, tokenize
+from zoo.data.tokens import IGNORED, Rows, Tokens, is_token_folder, load_tokenizer, read_tokens, tokenize
 from zoo.errors import DataError, RecipeError
 from zoo.factory import create_model
 from zoo.preprocessing import Preprocessing
 from zoo.registry import get_config
 from zoo.train.distill import Teacher
 from zoo.train.recipe import Data, Recipe
+from zoo.train.report import Page, confusion_picture, mistakes_picture
 from zoo.train.run_folder import ModelRecord, RunFolder, write_file
 from zoo.train.schedule import img_size_at
 from zoo.train.scoring import ImageScoring, Scoring, TextScoring, next_token_logits
+
+_MISTAKES = 15  # pictures of a report
+_TEXTS, _WRITTEN = 3, 200  # texts of a report, and the tokens that are written for each
 
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +67,10 @@ class Task(ABC):
     @abstractmethod
     def write_record(self, folder: RunFolder, config: Any) -> None:
         """Write what is needed to use the model."""
+
+    @abstractmethod
+    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator) -> None:
+        """Add to a report what the finished model does on the validation samples; runs on the main process alone."""
 
     @abstractmethod
     def data_hash(self) -> str:
@@ -142,6 +150,30 @@ class ImageClassification(Task):
         with write_file(folder.sample) as file:
             sample.save(file, "PNG")
 
+    @torch.no_grad()
+    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator) -> None:
+        """The confusion matrix, and the pictures of which the model is the surest and wrong."""
+        counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        wrong: list[tuple[float, int, int]] = []  # (probability, position, answer)
+        sampler = EpochSampler(len(self.val_samples), self.recipe.train.batch_size, shuffle=False)
+        for batch in Loader(self.val_samples, sampler, max_corrupt=len(self.val_samples)):
+            batch = self.scoring.prepare(batch, accelerator.device)
+            with accelerator.autocast():
+                sure, answers = model(batch.inputs).float().softmax(1).max(1)
+            np.add.at(counts, (batch.targets.cpu().numpy(), answers.cpu().numpy()), 1)
+            missed = (answers != batch.targets).nonzero().flatten()
+            found = (sure[missed].tolist(), batch.indices[missed].tolist(), answers[missed].tolist())
+            wrong = sorted([*wrong, *zip(*found, strict=True)], reverse=True)[:_MISTAKES]
+        page.pictures.append(("Confusion matrix of the held-out part", confusion_picture(counts, self.classes)))
+        if wrong:
+            shown = []
+            for sure, position, answer in wrong:
+                index = int(self.val_indices[position])
+                image = decode_image(self.val_source.encoded(index), self.val_source.describe(index))
+                label = self.classes[int(self.val_source.labels[index])]
+                shown.append((image, f"{self.classes[answer]} ({sure:.0%}), is {label}"))
+            page.pictures.append(("The surest mistakes", mistakes_picture(shown)))
+
     def data_hash(self) -> str:
         digest = hashlib.sha256("\n".join(self.classes).encode())
         if isinstance(self.source, ImageSource):
@@ -171,7 +203,7 @@ class LanguageModelling(Task):
             )
         self.scoring = TextScoring()
         self.train_samples = TextSamples(Rows(self.tokens, recipe.data.seq_len))
-        self.val_samples = TextSamples(Rows(val_tokens, recipe.data.seq_len, keep_tail=True))
+        self.val_samples: TextSamples = TextSamples(Rows(val_tokens, recipe.data.seq_len, keep_tail=True))
 
     @staticmethod
     def _open_data(data: Data) -> tuple[Tokens, Tokens]:
@@ -190,6 +222,24 @@ class LanguageModelling(Task):
 
     def write_record(self, folder: RunFolder, config: Any) -> None:
         ModelRecord(self.recipe.model.name, config, None, (), tokenizer=self.tokens.tokenizer).write(folder)
+
+    @torch.no_grad()
+    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator) -> None:
+        """What the model writes after the beginnings of some held-out rows, always taking a likely next token."""
+        tokenizer = load_tokenizer(self.tokens.tokenizer)
+        rows = self.val_samples.rows
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        for row in np.linspace(0, len(rows) - 1, min(_TEXTS, len(rows)), dtype=int):
+            given = rows.read([int(row)])[0][0, : self.recipe.data.seq_len // 2].tolist()
+            written = list(given)
+            for _ in range(_WRITTEN):
+                seen = torch.tensor([written[-self.recipe.data.seq_len :]])
+                batch = Batch(seen, seen, torch.zeros(1), torch.arange(seen.shape[1])[None])
+                batch = self.scoring.prepare(batch, accelerator.device)
+                with accelerator.autocast():
+                    logits = next_token_logits(model, batch)[0, -1].float().cpu()
+                written.append(int(torch.multinomial((logits / 0.8).softmax(0), 1, generator=generator)))
+            page.texts.append((tokenizer.decode(given), tokenizer.decode(written[len(given) :])))
 
     def data_hash(self) -> str:
         digest = hashlib.sha256(self.tokens.tokenizer.encode())

@@ -1,0 +1,124 @@
+"""The engine's cost beside the plainest loop: CPU time of a training step, of the same model on the same batches.
+
+    python scripts/benchmark_engine.py
+
+Candidates take turns, block by block of steps: zoo's engine on zoo's model, the hand-written loop on zoo's model, and
+the hand-written loop on timm's. The first two differ by the engine alone. Batches are made beforehand; the loop
+normalises them as the engine does. Figures are medians over blocks, and what counts is the ratio.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import zoo
+from zoo.data.image import Normalise
+from zoo.data.loader import Batch
+from zoo.preprocessing import Preprocessing
+from zoo.train.engine import _Run
+from zoo.train.recipe import resolve
+from zoo.train.run_folder import RunFolder
+
+MODELS = ("efficientvit_m0", "tinynet_e")  # timm has them under the same names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=MODELS)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--side", type=int, default=0, help="pixels; by default the model's own")
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="in a block")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.models:
+        compare(name, options)
+
+
+def compare(name: str, options: argparse.Namespace) -> None:
+    side = options.side or zoo.get_config(name).input_hw[0]
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (options.batch, side, side, 3), dtype=torch.uint8, generator=generator)
+    batch = Batch(pixels.permute(0, 3, 1, 2), torch.arange(options.batch) % 10, torch.arange(options.batch))
+    with tempfile.TemporaryDirectory() as folder:
+        candidates = {
+            "engine, zoo's model": engine(name, side, batch, Path(folder)),
+            "plain loop, zoo's model": plain(zoo.create_model(name, num_classes=10, img_size=side), batch, side),
+            "plain loop, timm's model": plain(timm_model(name, side), batch, side),
+        }
+        seconds: dict[str, list[float]] = {label: [] for label in candidates}
+        for block in range(options.blocks + 1):
+            for label, step in candidates.items():
+                began = time.process_time()
+                for _ in range(options.steps):
+                    step()
+                if block:  # the first one warms up
+                    seconds[label].append((time.process_time() - began) / options.steps)
+    print(f"{name}, batch {options.batch}, {side} px, one thread, fp32, AdamW")
+    medians = {label: statistics.median(values) for label, values in seconds.items()}
+    for label, median in medians.items():
+        print(f"  {label:26s} {1000 * median:8.1f} ms of CPU time a step")
+    ours, _, timms = medians.values()
+    # Block by block, as the machine's speed drifts.
+    overhead = statistics.median(a / b for a, b in zip(*list(seconds.values())[:2], strict=True))
+    print(f"  engine over plain loop, same model: {100 * (overhead - 1):+.1f} %")
+    print(f"  engine with zoo's model over plain loop with timm's: {100 * (ours / timms - 1):+.1f} %")
+
+
+def engine(name: str, side: int, batch: Batch, folder: Path) -> Callable[[], None]:
+    """One call is one step of the engine, with all that it does between two steps."""
+    recipe = resolve(
+        {
+            "model": {"name": name, "overrides": {"img_size": side}},
+            "data": {"name": "digits", "workers": 0},
+            "train": {"batch_size": len(batch.inputs), "tensorboard": False},
+        },
+        "benchmark",
+    )
+    run = _Run(recipe, RunFolder(folder), quiet=True)
+    run.model.train()
+    run.train_loader.set_epoch(0)
+    run.progress.start_epoch()
+
+    def batches() -> Iterator[Batch]:
+        while True:
+            yield batch
+
+    def step() -> None:
+        run.epoch_step = 0  # the epoch of the digits is short
+        run._step(batches())
+
+    return step
+
+
+def timm_model(name: str, side: int) -> nn.Module:
+    options = {"img_size": side} if name.startswith("efficientvit") else {}
+    return timm.create_model(name, num_classes=10, **options)
+
+
+def plain(model: nn.Module, batch: Batch, side: int) -> Callable[[], None]:
+    """What one would write by hand."""
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+    normalise = Normalise(Preprocessing(img_size=(side, side)), reuse=True)
+
+    def step() -> None:
+        loss = F.cross_entropy(model(normalise(batch.inputs)), batch.targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
