@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What a call costs in Python is worth it from about this many numbers on, which oneDNN would reorder every time.
+MIN_NUMEL = 2**16
+
 _reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
 
 
@@ -17,7 +20,7 @@ class PackedConv2d(nn.Conv2d):
     autocast, tracing, export, scripting and compiling, this is an ``nn.Conv2d``.
     """
 
-    _packed: Any = None  # (weight, its version, shape of the input, packed weight)
+    _packed: Any = None  # (weight, its version, shape of the input, packed weight, geometry)
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "PackedConv2d":
@@ -46,37 +49,42 @@ class PackedConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _convolve_packed(self, input: Tensor) -> Tensor:
-        geometry: Any = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
-        weight, shape = self.weight.detach(), tuple(input.shape)
+        weight, shape, found = self.weight, input.shape, self._packed
         version = -1 if weight.is_inference() else weight._version
-        found = self._packed
-        if found is None or found[0].data_ptr() != weight.data_ptr() or found[1:3] != (version, shape):
-            packed = _reorder(weight.to_mkldnn(), *geometry, list(shape))
-            found = self._packed = (weight, version, shape, packed)  # held, so that its address is not another's
-        return torch.ops.mkldnn._convolution_pointwise(input, found[3], self.bias, *geometry, "none", [], "")
+        if found is None or found[1:3] != (version, shape) or found[0].data_ptr() != weight.data_ptr():
+            geometry = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
+            packed = _reorder(weight.detach().to_mkldnn(), *geometry, list(shape))
+            # The weight is held, so that its address cannot become another's.
+            found = self._packed = (weight.detach(), version, shape, packed, geometry)
+        return torch.ops.mkldnn._convolution_pointwise.default(input, found[3], self.bias, *found[4], "none", [], "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
 def _is_plain_inference(x: Tensor, weight: Tensor) -> bool:
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
         return False
     return bool(
         type(x) is Tensor  # neither a fake tensor nor one of FX
-        and x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and weight.is_cpu
+        and weight.dtype is torch.float32
+        and x.numel()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and torch._C._get_mkldnn_enabled()
     )
 
 
 def pack_convolutions(model: nn.Module) -> nn.Module:
-    """Put, in place, a :class:`PackedConv2d` wherever there is an ``nn.Conv2d`` that pads with zeros."""
+    """Put, in place, a :class:`PackedConv2d` wherever there is a large ``nn.Conv2d`` that pads with zeros."""
+    if not torch.backends.mkldnn.is_available():
+        return model
+    child: Any
     for name, child in list(model.named_children()):
-        if type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str):
+        plain = type(child) is nn.Conv2d and child.padding_mode == "zeros" and not isinstance(child.padding, str)
+        if plain and child.weight.numel() >= MIN_NUMEL:
             setattr(model, name, PackedConv2d.of(child))
         else:
             pack_convolutions(child)
