@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -282,7 +283,7 @@ class Loader:
             # Not forkserver, Python 3.14's default: it pickles the data set for every worker, and its workers outlive a
             # training process that was killed.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # or each epoch would draw a number from torch's global one
         )
 
@@ -342,5 +343,13 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    report = sys.excepthook
+
+    def report_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """The thread that hands tensors over says so when the training process is interrupted meanwhile: no news."""
+        if not issubclass(kind, EOFError | ConnectionError):
+            report(kind, error, trace)
+
+    sys.excepthook = report_unless_alone

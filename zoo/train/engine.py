@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -519,6 +518,8 @@ def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
+        import psutil  # which accelerate brings
+
         return psutil.Process().memory_info().peak_wset
     import resource  # which Windows has not
 
