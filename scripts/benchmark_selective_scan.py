@@ -14,7 +14,6 @@ Tables are printed as Markdown. Rows for a GPU say "not measured" where there is
 
 import argparse
 import contextlib
-import gc
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import in_turns, seconds_of
 
 import zoo
 from zoo.ops import selective_scan
@@ -81,20 +81,15 @@ def make_call(name: str, length: int, device: str, *, backward: bool) -> Callabl
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Milliseconds of each call in each round; a quick call is repeated within its turn and its fastest counts."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            gc.collect()
-            fastest, spent = float("inf"), 0.0
-            while spent < 0.05:
-                start = clock()
-                call()
-                seconds = clock() - start
-                fastest, spent = min(fastest, seconds), spent + seconds
-            times[name].append(fastest * 1e3)
-    return times
+
+    def fastest(call: Callable[[], Any]) -> float:
+        least, spent = float("inf"), 0.0
+        while spent < 0.05:
+            seconds = seconds_of(call, clock)
+            least, spent = min(least, seconds), spent + seconds
+        return least * 1e3
+
+    return in_turns(rounds, {name: lambda call=call: fastest(call) for name, call in calls.items()})
 
 
 def show(milliseconds: list[float]) -> str:

@@ -12,8 +12,9 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
+
+from _timing import in_turns
 
 
 def import_seconds(package: str) -> float:
@@ -21,17 +22,6 @@ def import_seconds(package: str) -> float:
     code = f"import time; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
-
-
-def interleave(rounds: int, **timers: Callable[[], float]) -> dict[str, list[float]]:
-    """``rounds`` samples of each timer in turn, after one of each that is not counted."""
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    for i in range(rounds + 1):
-        for name, timer in timers.items():
-            seconds = timer()
-            if i:
-                samples[name].append(seconds)
-    return samples
 
 
 def report(title: str, samples: dict[str, list[float]]) -> None:
@@ -48,7 +38,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="samples of each side")
     rounds = parser.parse_args().rounds
 
-    imports = interleave(rounds, zoo=lambda: import_seconds("zoo"), timm=lambda: import_seconds("timm"))
+    imports = in_turns(rounds, {"zoo": lambda: import_seconds("zoo"), "timm": lambda: import_seconds("timm")})
 
     print(
         f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}, "

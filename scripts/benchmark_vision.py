@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import timm
 import torch
+from _timing import in_turns
 from torch import Tensor, nn
 
 import zoo
@@ -60,21 +61,19 @@ def seconds_in_turns(
     rivals: dict[str, nn.Module], images: Tensor, rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Seconds of each rival's forward pass in each round; a quick one is repeated within its turn."""
-    seconds: dict[str, list[float]] = {kind: [] for kind in rivals}
-    inputs = {
-        kind: images.to(memory_format=torch.channels_last) if "channels-last" in kind else images for kind in rivals
-    }
+
+    def seconds_a_pass(model: nn.Module, x: Tensor) -> float:
+        start, passes = clock(), 0
+        while passes == 0 or clock() - start < 0.1:
+            model(x)
+            passes += 1
+        return (clock() - start) / passes
+
+    channels_last = images.to(memory_format=torch.channels_last)
+    inputs = {kind: channels_last if "channels-last" in kind else images for kind in rivals}
+    timers = {kind: lambda kind=kind: seconds_a_pass(rivals[kind], inputs[kind]) for kind in rivals}
     with torch.inference_mode():
-        for kind, model in rivals.items():
-            model(inputs[kind])
-        for _ in range(rounds):
-            for kind, model in rivals.items():
-                start, passes = clock(), 0
-                while passes == 0 or clock() - start < 0.1:
-                    model(inputs[kind])
-                    passes += 1
-                seconds[kind].append((clock() - start) / passes)
-    return seconds
+        return in_turns(rounds, timers)
 
 
 def spread(seconds: list[float]) -> float:

@@ -12,7 +12,6 @@ interleaved, medians; with one thread, a busy machine changes them little.
 """
 
 import argparse
-import gc
 import hashlib
 import os
 import platform
@@ -24,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from _timing import in_turns, seconds_of
 
 MODELS = {"efficientvit_m5": "efficientvit_m5.r224_in1k", "efficientformer_l7": "efficientformer_l7.snap_dist_in1k"}
 COMMIT = "0" * 40
@@ -62,10 +63,7 @@ def fill_cache(hub: Path, tagged: str, file: Path) -> Path:
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    gc.collect()
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+    return seconds_of(call, time.process_time)
 
 
 def child_cpu_seconds(*command: str) -> float:
@@ -75,15 +73,9 @@ def child_cpu_seconds(*command: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def interleave(rounds: int, **timers: Callable[[], float]) -> dict[str, float]:
-    """The median of each timer, in turns, after a round that is not counted."""
-    samples: dict[str, list[float]] = {name: [] for name in timers}
-    for i in range(rounds + 1):
-        for name, timer in timers.items():
-            seconds = timer()
-            if i:
-                samples[name].append(seconds)
-    return {name: statistics.median(seconds) for name, seconds in samples.items()}
+def medians(rounds: int, **timers: Callable[[], float]) -> dict[str, float]:
+    """The median of each timer, in turns."""
+    return {name: statistics.median(seconds) for name, seconds in in_turns(rounds, timers).items()}
 
 
 def main() -> None:
@@ -113,7 +105,7 @@ def main() -> None:
             save_safetensors(timm.create_model(name).state_dict(), file)
             blob = fill_cache(home / "hub", tagged, file)
             size = blob.stat().st_size
-            median = interleave(
+            median = medians(
                 rounds,
                 zoo=lambda tagged=tagged: cpu_seconds(lambda: zoo.create_model(tagged, pretrained=True)),
                 timm=lambda tagged=tagged: cpu_seconds(lambda: timm.create_model(tagged, pretrained=True)),
@@ -132,7 +124,7 @@ def main() -> None:
         with large.open("wb") as file:
             for _ in range(64):
                 file.write(os.urandom(1 << 24))
-        median = interleave(
+        median = medians(
             rounds,
             zoo=lambda: cpu_seconds(lambda: sha256_of(large)),
             sha256sum=lambda: child_cpu_seconds("sha256sum", str(large)),

@@ -103,6 +103,24 @@ def randomise() -> "Callable[[nn.Module], nn.Module]":
 
 
 @pytest.fixture(scope="session")
+def initialised_again() -> "Callable[[Any], Any]":
+    """A function that builds a model's twin on the meta device, where nothing is initialised, and initialises it."""
+    import torch
+
+    import zoo
+
+    def build(model: Any) -> Any:
+        again: Any = zoo.build(model.config, device="meta").to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in [*again.parameters(), *again.buffers()]:
+                tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+        again.init_weights()
+        return again
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def class_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 noisy pictures of 40 x 32 pixels in the class folders ``blue``, ``green`` and ``red``."""
     import numpy as np

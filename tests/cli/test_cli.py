@@ -292,6 +292,8 @@ def start(*arguments: object, environment: dict[str, str] | None = None) -> subp
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | (environment or {}),
+        # A shell that starts these tests in the background has them, and so their children, ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import zoo
 from zoo.analysis.counts import count
 from zoo.models.efficientmod import AttentionBlock, EfficientModConfig, ModulationBlock, ModulationMlp
-from zoo.pretrained.convert import convert_state_dict, to_authors
+from zoo.pretrained.convert import convert_state_dict
 
 MODELS = zoo.list_models("efficientmod_*")
 
@@ -63,23 +63,6 @@ def test_authors_weights_give_the_authors_outputs(name: str, golden: ModuleType,
         assert_same(model.forward_head(features, pre_logits=True), expected["pooled"])
         assert_same(model(x), expected["logits"])
         assert_same(model.fuse()(x), expected["logits"])
-
-
-@pytest.mark.shared
-@pytest.mark.parametrize("name", CASES)
-def test_authors_names_and_back(name: str, golden: ModuleType, shared: Path) -> None:
-    theirs = golden.make_state(golden.load_case(shared / "golden" / f"{name}.json")["state"])
-    back = to_authors(convert_state_dict(theirs, name), name)
-    assert back.keys() == theirs.keys()
-    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.items())
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_converter_round_trip(name: str) -> None:
-    state = zoo.create_model(name).state_dict()
-    again = convert_state_dict(to_authors(state, name), name)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -140,14 +123,10 @@ def test_stochastic_depth_rises_over_both_kinds_of_blocks() -> None:
     assert [block.drop_path.rate for block in blocks[1:]] == pytest.approx([0.01 * i for i in range(1, 15)])
 
 
-def test_initialisation_after_to_empty() -> None:
+def test_initialisation_after_to_empty(initialised_again: Callable) -> None:
     torch.manual_seed(0)
     expected = zoo.create_model("efficientmod_xxs")
-    model = zoo.build(expected.config, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.fill_(float("nan"))
-    model.init_weights()
+    model = initialised_again(expected)
     for (key, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
         if q.numel() >= 1000:
             assert p.std().item() == pytest.approx(q.std().item(), rel=0.2, abs=1e-8), key

@@ -186,11 +186,10 @@ def test_dropout_acts_in_training_only(settle: Callable) -> None:
     assert not torch.equal(model.forward_head(features), model.forward_head(features))
 
 
-def test_initialisation_is_the_original_codes() -> None:
+def test_initialisation_is_the_original_codes(initialised_again: Callable) -> None:
     torch.manual_seed(0)
     model = zoo.create_model("efficientnet_b0")
-    again = zoo.build(model.config, device="meta").to_empty(device="cpu")
-    again.init_weights()
+    again = initialised_again(model)
     for network in (model, again):
         block = network.blocks[5][1]
         for conv, fan_out in ((block.conv_pw, 1152), (block.conv_dw, 25), (block.conv_pwl, 192)):

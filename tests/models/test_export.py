@@ -34,8 +34,8 @@ def lightest_of_each_family() -> list[str]:
     return sorted(lightest.values())
 
 
-def images(batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+def images(batch: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def export(model: nn.Module) -> torch.export.ExportedProgram:
@@ -74,9 +74,22 @@ def test_trace(name: str, randomise: Callable) -> None:
         assert_agrees(torch.jit.trace(model, x, check_trace=False)(x), model(x))
 
 
-def test_compile(name: str, randomise: Callable) -> None:
-    """``fullgraph`` makes a graph break an error."""
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("fuse", [False, True])
+def test_script_agrees_at_every_size(name: str, fuse: bool, randomise: Callable) -> None:
+    model = randomise(zoo.create_model(name))
+    model = model.fuse() if fuse else model
+    scripted = torch.jit.script(model)
+    with torch.no_grad():
+        for size in [(224, 224), (96, 160)]:
+            assert_close(scripted(images(1, *size)), model(images(1, *size)))
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_compiles_whole(name: str, fuse: bool, randomise: Callable) -> None:
+    """In one graph: ``fullgraph`` makes a graph break an error."""
     model, x = randomise(zoo.create_model(name)), images()
+    model = model.fuse() if fuse else model
     torch.compiler.reset()
     with torch.no_grad():
         assert_agrees(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))

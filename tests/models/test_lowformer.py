@@ -74,15 +74,6 @@ def test_authors_weights_give_the_authors_outputs(name: str, golden: ModuleType,
         assert_same(model.fuse()(x), expected["logits"])
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize("name", CASES)
-def test_authors_names_and_back(name: str, golden: ModuleType, shared: Path) -> None:
-    theirs = golden.make_state(golden.load_case(shared / "golden" / f"{name}.json")["state"])
-    back = to_authors(convert_state_dict(theirs, name), name)
-    assert back.keys() == theirs.keys()
-    assert all(torch.equal(back[key], tensor) for key, tensor in theirs.items())
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_converter_round_trip(name: str) -> None:
     state = zoo.create_model(name).state_dict()
@@ -236,15 +227,11 @@ def test_stochastic_depth_rises_over_stem_and_blocks() -> None:
     assert rates == pytest.approx([0.02, 0.04, 0.05, *(0.06 + 0.01 * i for i in range(12))])
 
 
-def test_initialisation() -> None:
+def test_initialisation(initialised_again: Callable) -> None:
     """Every weight starts small, residual branches of convolutions as nothing; the same after ``to_empty``."""
     torch.manual_seed(0)
     model = zoo.create_model("lowformer_b0")
-    again = zoo.build(model.config, device="meta").to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in [*again.parameters(), *again.buffers()]:
-            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-    again.init_weights()
+    again = initialised_again(model)
     for each in (model, again):
         for key, p in each.named_parameters():
             if p.ndim > 1:

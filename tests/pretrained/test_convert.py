@@ -22,8 +22,24 @@ from zoo.errors import ConfigError, UnknownModelError, WeightsError
 from zoo.layers import ConvNorm
 from zoo.pretrained import convert
 from zoo.pretrained.convert import convert_file, convert_state_dict, to_authors
+from zoo.registry import family_name
 
-CASES = ["efficientvit_m0", "efficientvit_m5"]
+# Golden cases in a layout of the authors'.
+CASES = [
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "efficientmod_s",
+    "efficientmod_xs",
+    "efficientvit_m0",
+    "efficientvit_m5",
+    "lowformer_b0",
+    "lowformer_b15",
+]
+CONVERTED = [
+    name
+    for name in zoo.list_models(task="image-classification")
+    if (convert._RULES / f"{family_name(name)}.toml").is_file()
+]
 
 
 def authors_state(golden: ModuleType, shared: Path, name: str) -> dict[str, Tensor]:
@@ -38,7 +54,7 @@ def zoo_state() -> dict[str, Tensor]:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["efficientvit_m0", "efficientvit_m5"])
 def test_authors_weights_give_the_authors_outputs(name: str, golden: ModuleType, shared: Path) -> None:
     case = golden.load_case(shared / "golden" / f"{name}.json")
     expected = golden.load_outputs(shared / "golden" / f"{name}.json")
@@ -66,6 +82,14 @@ def test_round_trip_is_exact(name: str, golden: ModuleType, shared: Path) -> Non
     again = convert_state_dict(back, name)
     assert list(again) == list(ours)
     assert all(torch.equal(again[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_every_variant_goes_to_the_authors_names_and_back(name: str) -> None:
+    state = zoo.create_model(name).state_dict()
+    again = convert_state_dict(to_authors(state, name), name)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
 def test_bias_index_is_put_back_as_the_authors_count(zoo_state: dict[str, Tensor]) -> None:

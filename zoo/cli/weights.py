@@ -88,6 +88,7 @@ def convert(
     from zoo.pretrained.fetch import authors_file, converted_path, fetch
     from zoo.pretrained.manifest import get_weights
     from zoo.registry import split_name
+    from zoo.train.recipe import parse_value
 
     tag = split_name(name)[1]
     weights = get_weights(name) if tag else None
@@ -107,22 +108,13 @@ def convert(
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is no override; expected FIELD=VALUE, such as num_classes=10.")
-        fields[key] = _parse(text)
+        fields[key] = parse_value(text)
     licence = {"licence": weights.licence, "source": weights.place} if weights else {}
     try:
         convert_file(source, out, name, to=to, metadata=licence, **fields)
     except OSError as error:
         raise WeightsError(f"Cannot write {out}: {error.strerror or error}.") from error
     print(out)
-
-
-def _parse(text: str) -> Any:
-    import json
-
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 @app.command()

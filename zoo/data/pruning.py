@@ -34,6 +34,10 @@ class Pruning(ABC):
         """Report losses of samples, ``[B]`` each."""
         self._pending[indices.cpu().numpy()] = losses.float().cpu().numpy()
 
+    def weights_of(self, indices: Tensor) -> Tensor:
+        """The weights of samples, ``[B]``, on the device of ``indices``."""
+        return torch.from_numpy(self.weights[indices.cpu().numpy()]).to(indices.device)
+
     def gather(self, accelerator: Accelerator) -> None:
         """Exchange the losses that the processes have seen in this epoch."""
         if accelerator.num_processes == 1:

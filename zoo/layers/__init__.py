@@ -5,20 +5,26 @@ from zoo.layers.conv_norm import ConvNorm, NormLinear, fold_norm, fuse_batch_nor
 from zoo.layers.drop import DropPath, drop_path_rates
 from zoo.layers.layer_scale import LayerScale, LayerScale2d, fold_layer_scale
 from zoo.layers.linear import TruncNormalLinear
+from zoo.layers.mlp import Mlp
+from zoo.layers.norm import LayerNorm2d
 from zoo.layers.packed_conv import PackedConv2d, pack_convolutions
 from zoo.layers.pool import GlobalPool
 from zoo.layers.squeeze_excite import SqueezeExcite, make_divisible
+from zoo.layers.stage import Stage
 
 __all__ = [
     "AttentionBias",
     "ConvNorm",
     "DropPath",
     "GlobalPool",
+    "LayerNorm2d",
     "LayerScale",
     "LayerScale2d",
+    "Mlp",
     "NormLinear",
     "PackedConv2d",
     "SqueezeExcite",
+    "Stage",
     "TruncNormalLinear",
     "drop_path_rates",
     "fold_layer_scale",

@@ -21,8 +21,8 @@ class Backbone(nn.Module):
 
     Subclasses provide ``stages`` (an ``nn.Sequential``, each member a feature level unless :meth:`finish` is told
     otherwise), :meth:`forward_stem`, :meth:`make_head` and, where there is something between the last stage and the
-    pooling, :meth:`forward_norm` or :meth:`forward_final`. A family whose published parameter names call the stages or
-    the head something else says so in ``stages_name`` and ``head_name``, and overrides :meth:`forward_stages` and
+    pooling, a ``norm`` or :meth:`forward_final`. A family whose published parameter names call the stages or the head
+    something else says so in ``stages_name`` and ``head_name``, and overrides :meth:`forward_stages` and
     :meth:`classify`, since TorchScript finds modules by literal name only.
 
     Attributes:
@@ -36,10 +36,12 @@ class Backbone(nn.Module):
 
     stages_name = "stages"
     head_name = "head"
+    fused_memory_format: torch.memory_format | None = None  # what suits the weights after fuse(); None: as they are
 
     if TYPE_CHECKING:  # TorchScript reads annotations at run time, and knows no module as a type
         stages: nn.Sequential
         head: nn.Module
+        norm: nn.Module
 
     def finish(
         self,
@@ -72,6 +74,8 @@ class Backbone(nn.Module):
         ]
         self.num_features = widths[-1] if num_features is None else num_features
         self.head_hidden_size = self.num_features if head_hidden_size is None else head_hidden_size
+        if not hasattr(self, "norm"):
+            self.norm = nn.Identity()
         self.global_pool = GlobalPool(config.global_pool)
         setattr(self, self.head_name, self.make_head(config.num_classes))
         self.pretrained_cfg: dict[str, Any] = {}
@@ -87,13 +91,9 @@ class Backbone(nn.Module):
         """All stages, one after the other."""
         return self.stages(x)
 
-    def forward_norm(self, x: Tensor) -> Tensor:
-        """The norm that follows the last stage; nothing by default."""
-        return x
-
     def forward_final(self, x: Tensor) -> Tensor:
         """Everything between the last stage and pooling; by default that is the norm."""
-        return self.forward_norm(x)
+        return self.norm(x)
 
     def classify(self, x: Tensor) -> Tensor:
         """Pooled features to logits."""
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
                 return intermediates if intermediates_only else (x, intermediates)
             x = checkpoint(stage, x, use_reentrant=False) if self.grad_checkpointing else stage(x)
             if i in chosen:
-                intermediates.append(self.forward_norm(x) if norm and i == last else x)
+                intermediates.append(self.norm(x) if norm and i == last else x)
         if intermediates_only:
             return intermediates
         return self.forward_final(x), intermediates
@@ -181,7 +181,8 @@ class Backbone(nn.Module):
         return chosen
 
     def prune_norm(self) -> None:
-        """Remove what :meth:`forward_final` applies; nothing by default."""
+        """Remove what :meth:`forward_final` applies."""
+        self.norm = nn.Identity()
 
     def prune_head(self) -> None:
         """Remove everything after the last feature map: the pooling and the classifier by default."""
@@ -244,12 +245,19 @@ class Backbone(nn.Module):
 
         The folded weights are formed in float64 and rounded once, so outputs agree to float32 rounding. Training mode
         is switched off: a folded batch norm has no batch statistics. On a CPU, what is left of the convolutions keeps
-        its weights as oneDNN wants them, which takes their memory twice (:class:`~zoo.layers.PackedConv2d`).
+        its weights as oneDNN wants them, which takes their memory twice (:class:`~zoo.layers.PackedConv2d`). In most
+        families the weights also become channels-last, in which depthwise convolutions, pooling and upsampling are
+        faster; that spreads from the stem, whatever the input's format is.
         """
         self.eval()
         fuse_batch_norm(self)
+        self.fuse_ends()
         pack_convolutions(self)
-        return self
+        return self if self.fused_memory_format is None else self.to(memory_format=self.fused_memory_format)
+
+    @torch.jit.ignore
+    def fuse_ends(self) -> None:
+        """Fuse, in place, what the model keeps outside its submodules; nothing by default."""
 
 
 def take_indices(count: int, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:

@@ -18,8 +18,11 @@ from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
 from zoo.layers import (
     DropPath,
+    LayerNorm2d,
     LayerScale,
     LayerScale2d,
+    Mlp,
+    Stage,
     TruncNormalLinear,
     drop_path_rates,
     fold_layer_scale,
@@ -119,7 +122,7 @@ class Pooling(nn.Module):
 
 
 class Block4d(nn.Module):
-    """Pooling and MLP on a map, each residual and scaled``[B, dim, H, W] -> [B, dim, H, W]``."""
+    """Pooling and MLP on a map, each residual and scaled: ``[B, dim, H, W] -> [B, dim, H, W]``."""
 
     def __init__(self, dim: int, *, config: EfficientFormerConfig, drop_path: float) -> None:
         super().__init__()
@@ -185,16 +188,6 @@ class Attention(MapAttention):
         return self.proj(x.transpose(1, 2).reshape(B, H, W, -1))
 
 
-class Mlp(nn.Sequential):
-    """Two linear layers with GELU between, on the last dimension."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = TruncNormalLinear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = TruncNormalLinear(hidden, dim)
-
-
 class Block3d(nn.Module):
     """Attention and MLP on tokens, each residual and scaled: ``[B, H, W, dim] -> [B, H, W, dim]``."""
 
@@ -226,16 +219,11 @@ class Block3d(nn.Module):
         return self
 
 
-class Stage(nn.Module):
-    """Downsampling, except in the first stage, then 4D blocks, then 3D blocks if there are any.
-
-    ``[B, dim_in, H, W] -> [B, dim, H', W']``.
-    """
+class MixedStage(Stage):
+    """A stage of 4D blocks, then 3D blocks if there are any: ``[B, dim_in, H, W] -> [B, dim, H', W']``."""
 
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
+        super().__init__(downsample, blocks)
         self.ends_in_tokens = isinstance(blocks[-1], Block3d)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -260,18 +248,12 @@ class EfficientFormer(EfficientFormerBase):
                 blocks.append(ToTokens())
             for rate in rates[i][first_3d:]:
                 blocks.append(Block3d(dim, config=config, reduction=reductions[i], drop_path=rate))
-            self.stages.append(Stage(downsample, blocks))
-        self.norm: nn.Module = nn.LayerNorm(config.widths[-1])
+            self.stages.append(MixedStage(downsample, blocks))
+        self.norm = LayerNorm2d(config.widths[-1])
         self.finish(config, widths=config.widths, reductions=reductions)
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.stem(x)
-
-    def forward_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def prune_norm(self) -> None:
-        self.norm = nn.Identity()
 
 
 FAMILY = Family(

@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import (
-    ConvNorm,
-    DropPath,
-    LayerScale2d,
-    drop_path_rates,
-    fold_layer_scale,
-)
+from zoo.layers import ConvNorm, DropPath, LayerScale2d, Stage, drop_path_rates, fold_layer_scale
 from zoo.layers.conv_norm import scale_and_shift
-from zoo.models._backbone import Backbone
 from zoo.models._efficientformer import EfficientFormerBase, MapAttention, as_linear
 from zoo.registry import Family
 
@@ -312,18 +305,6 @@ class FusedNorm(nn.Module):
         return x * self.scale + self.shift
 
 
-class Stage(nn.Module):
-    """Downsampling, except in the first stage, then blocks at one resolution."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
-
-
 class EfficientFormerV2(EfficientFormerBase):
     """stem, four stages at strides 4, 8, 16 and 32, batch norm and two linear heads."""
 
@@ -347,7 +328,7 @@ class EfficientFormerV2(EfficientFormerBase):
                 for j, rate in enumerate(rates[i])
             ]
             self.stages.append(Stage(downsample, blocks))
-        self.norm: nn.Module = nn.BatchNorm2d(config.widths[-1])
+        self.norm = nn.BatchNorm2d(config.widths[-1])
         self.finish(config, widths=config.widths, reductions=reductions)
 
     @staticmethod
@@ -382,17 +363,12 @@ class EfficientFormerV2(EfficientFormerBase):
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.stem(x)
 
-    def forward_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-    def prune_norm(self) -> None:
-        self.norm = nn.Identity()
-
     @torch.jit.ignore
-    def fuse(self) -> Backbone:
+    def fuse_ends(self) -> None:
+        """Make one classifier of two, and fuse the last norm."""
+        super().fuse_ends()
         if isinstance(self.norm, nn.BatchNorm2d):
             self.norm = FusedNorm(self.norm)
-        return super().fuse()
 
 
 FAMILY = Family(

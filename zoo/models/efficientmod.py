@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import DropPath, LayerScale, TruncNormalLinear, drop_path_rates, fold_layer_scale
+from zoo.layers import (
+    DropPath,
+    LayerNorm2d,
+    LayerScale,
+    Mlp,
+    Stage,
+    TruncNormalLinear,
+    drop_path_rates,
+    fold_layer_scale,
+)
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
 
@@ -123,16 +132,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, H, W, self.num_heads * self.head_dim))
 
 
-class Mlp(nn.Sequential):
-    """Two linear layers with GELU between: ``[..., dim] -> [..., dim]``."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = TruncNormalLinear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = TruncNormalLinear(hidden, dim)
-
-
 class AttentionBlock(nn.Module):
     """Attention and MLP, each residual: ``[B, H, W, dim] -> [B, H, W, dim]``."""
 
@@ -149,32 +148,26 @@ class AttentionBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(nn.Sequential):
     """A strided convolution, then layer norm: ``[B, Cin, H, W] -> [B, dim, H / stride, W / stride]``, rounded up."""
 
     def __init__(self, in_channels: int, dim: int, kernel_size: int, *, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, dim, kernel_size, stride, kernel_size // 2)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        self.norm = LayerNorm2d(dim)
 
 
-class Stage(nn.Module):
-    """Downsampling, except in the first stage, then blocks at one resolution, whose maps are channels-last."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
+class ChannelsLastStage(Stage):
+    """A stage whose blocks take ``[B, H, W, dim]``: ``[B, dim_in, H, W] -> [B, dim, H', W']``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class EfficientMod(Backbone):
-    """stem, four stages at strides 4 to 32, layer norm and linear head."""
+    """stem, four stages at strides 4 to 32, layer norm and linear head. Fusing folds the layer scales."""
+
+    fused_memory_format = torch.channels_last
 
     def __init__(self, config: EfficientModConfig) -> None:
         super().__init__()
@@ -184,8 +177,10 @@ class EfficientMod(Backbone):
         for i, rates in enumerate(drop_path_rates(config.drop_path_rate, depths)):
             dim = config.widths[i]
             downsample = PatchEmbedding(config.widths[i - 1], dim, 3, stride=2) if i else nn.Identity()
-            self.stages.append(Stage(downsample, [self._block(config, i, j, rate) for j, rate in enumerate(rates)]))
-        self.norm: nn.Module = nn.LayerNorm(config.widths[-1])
+            self.stages.append(
+                ChannelsLastStage(downsample, [self._block(config, i, j, rate) for j, rate in enumerate(rates)])
+            )
+        self.norm = LayerNorm2d(config.widths[-1])
         self.finish(config, widths=config.widths, reductions=tuple(4 * 2**i for i in range(len(config.widths))))
 
     @staticmethod
@@ -210,27 +205,11 @@ class EfficientMod(Backbone):
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.stem(x)
 
-    def forward_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def prune_norm(self) -> None:
-        """Remove the final norm."""
-        self.norm = nn.Identity()
-
     def classify(self, x: Tensor) -> Tensor:
         return self.head(F.dropout(x, self.drop_rate, self.training))
 
     def make_head(self, num_classes: int) -> nn.Module:
         return TruncNormalLinear(self.num_features, num_classes) if num_classes else nn.Identity()
-
-    @torch.jit.ignore
-    def fuse(self) -> "EfficientMod":
-        """As :meth:`Backbone.fuse`; there is no batch norm, but the layer scales are folded.
-
-        The convolutions' weights also become channels-last, as the maps are.
-        """
-        super().fuse()
-        return self.to(memory_format=torch.channels_last)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

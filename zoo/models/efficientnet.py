@@ -149,6 +149,7 @@ class EfficientNet(Backbone):
 
     stages_name = "blocks"
     head_name = "classifier"
+    fused_memory_format = torch.channels_last
 
     if TYPE_CHECKING:
         classifier: nn.Module
@@ -220,14 +221,9 @@ class EfficientNet(Backbone):
             setattr(self, name, nn.Identity())
 
     @torch.jit.ignore
-    def fuse(self) -> "EfficientNet":
-        """As :meth:`Backbone.fuse`; the weights also become channels-last, in which depthwise convolutions are faster.
-
-        The memory format spreads from the stem, whatever that of the input is.
-        """
-        super().fuse()
+    def fuse_ends(self) -> None:
+        """Fold the first and the last batch norm."""
         fuse_pairs(self, conv_stem="bn1", conv_head="bn2")
-        return self.to(memory_format=torch.channels_last)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import AttentionBias, ConvNorm, DropPath, NormLinear, SqueezeExcite, drop_path_rates
+from zoo.layers import AttentionBias, ConvNorm, DropPath, NormLinear, SqueezeExcite, Stage, drop_path_rates
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
 
@@ -214,18 +214,6 @@ class Downsample(nn.Sequential):
     @staticmethod
     def _residual_pair(dim: int, mlp_ratio: float) -> nn.Sequential:
         return nn.Sequential(Residual(ConvNorm(dim, dim, 3, groups=dim)), Residual(ConvMlp(dim, int(dim * mlp_ratio))))
-
-
-class Stage(nn.Module):
-    """Downsampling, except in the first stage, then blocks at one resolution."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[EfficientViTBlock]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
 
 
 class PatchEmbedding(nn.Sequential):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import ConvNorm, DropPath, SqueezeExcite, drop_path_rates
+from zoo.layers import ConvNorm, DropPath, LayerNorm2d, SqueezeExcite, Stage, drop_path_rates
 from zoo.models._backbone import Backbone
 from zoo.ops import selective_scan
 from zoo.registry import Family
@@ -214,32 +214,19 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(nn.Sequential):
     """A 4x4 convolution of stride 4, then layer norm: ``[B, in_chans, H, W] -> [B, dim, H/4, W/4]``."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chans, dim, 4, stride=4)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class Stage(nn.Module):
-    """Downsampling, except in the first stage, then blocks at one resolution."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.downsample(x))
+        self.norm = LayerNorm2d(dim)
 
 
 class EfficientVMamba(Backbone):
     """stem, four stages at strides 4 to 32, layer norm and linear head. Maps are channels-last in memory."""
+
+    fused_memory_format = torch.channels_last
 
     def __init__(self, config: EfficientVMambaConfig) -> None:
         super().__init__()
@@ -250,7 +237,7 @@ class EfficientVMamba(Backbone):
             downsample = PatchMerging(config.widths[i - 1], dim) if i else nn.Identity()
             blocks = [self._block(config, i, dim, drop_path=rate) for rate in rates[i]]
             self.stages.append(Stage(downsample, blocks))
-        self.norm: nn.Module = nn.LayerNorm(config.widths[-1])
+        self.norm = LayerNorm2d(config.widths[-1])
         self.finish(config, widths=config.widths, reductions=tuple(4 * 2**i for i in range(len(config.widths))))
         self.reset_parameters()
 
@@ -271,19 +258,6 @@ class EfficientVMamba(Backbone):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.stem(x)
-
-    def forward_norm(self, x: Tensor) -> Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-    def prune_norm(self) -> None:
-        """Remove the final norm."""
-        self.norm = nn.Identity()
-
-    @torch.jit.ignore
-    def fuse(self) -> "EfficientVMamba":
-        """As :meth:`Backbone.fuse`; the convolutions' weights also become channels-last, as the maps are."""
-        super().fuse()
-        return self.to(memory_format=torch.channels_last)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -256,6 +256,7 @@ class LowFormer(Backbone):
     """stem, four stages, hidden layers before and after pooling, linear classifier."""
 
     head_name = "classifier"
+    fused_memory_format = torch.channels_last
 
     if TYPE_CHECKING:
         classifier: nn.Module
@@ -321,15 +322,6 @@ class LowFormer(Backbone):
         self.in_conv, self.pre_classifier = nn.Identity(), nn.Identity()
         self.head_hidden_size = self.num_features
         super().prune_head()
-
-    @torch.jit.ignore
-    def fuse(self) -> "LowFormer":
-        """As :meth:`Backbone.fuse`; the weights also become channels-last, in which the convolutions are faster.
-
-        The memory format spreads from the stem, whatever that of the input is.
-        """
-        super().fuse()
-        return self.to(memory_format=torch.channels_last)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -16,10 +16,8 @@ def fetch(weights: Weights) -> Path:
     """
     if weights.pickled:
         return _converted(weights)
-    if weights.hub:
-        return hub_file(weights.hub, weights.file, weights.revision, sha256=weights.sha256)
-    if weights.url:
-        return url_file(weights.url, weights.sha256, name=weights.file)
+    if weights.hub or weights.url:
+        return _downloaded(weights)
     if not weights.path.is_file():
         raise WeightsError(
             f"{weights.path}: missing, though {weights.name} should come with the package; reinstall it."
@@ -27,6 +25,12 @@ def fetch(weights: Weights) -> Path:
     if weights.sha256:
         check_sha256(weights.path, weights.sha256, weights.name)
     return weights.path
+
+
+def _downloaded(weights: Weights) -> Path:
+    if weights.hub:
+        return hub_file(weights.hub, weights.file, weights.revision, sha256=weights.sha256)
+    return url_file(weights.url, weights.sha256, name=weights.file)
 
 
 def converted_path(weights: Weights) -> Path:
@@ -51,10 +55,8 @@ def authors_file(weights: Weights) -> Path:
     Raises:
         WeightsError: If it has no address of its own, or cannot be had.
     """
-    if weights.hub:
-        return hub_file(weights.hub, weights.file, weights.revision, sha256=weights.sha256)
-    if weights.url:
-        return url_file(weights.url, weights.sha256, name=weights.file)
+    if weights.hub or weights.url:
+        return _downloaded(weights)
     raise WeightsError(f"{weights.name}: fetch its file from {weights.page}, then name it: --source FILE.")
 
 

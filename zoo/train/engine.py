@@ -304,8 +304,7 @@ class _Run:
                 means.append(loss.detach())
                 if self.pruning is not None:
                     self.pruning.update(batch.indices, losses.detach())
-                    weights = torch.from_numpy(self.pruning.weights).to(losses.device)
-                    loss = (losses * weights[batch.indices]).mean()
+                    loss = (losses * self.pruning.weights_of(batch.indices)).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and recipe.optim.clip:
                     self._clip()

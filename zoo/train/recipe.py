@@ -178,7 +178,7 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise RecipeError(f"Override {override!r}: expected section.key=value, such as optim.lr=1e-3.")
-        _set(values, key.strip(), _parse_value(text.strip()))
+        _set(values, key.strip(), parse_value(text.strip()))
     return resolve(values, str(path))
 
 
@@ -423,7 +423,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """What a value of a command line's ``key=value`` means, as TOML has it; anything else is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
