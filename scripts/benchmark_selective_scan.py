@@ -3,9 +3,10 @@
     python scripts/benchmark_selective_scan.py [--threads 2] [--rounds 7] [--clock wall]
 
 The sizes are those of EfficientVMamba-T's largest stage: batch 1, 4 groups of 96 channels, 16 states. What is compared
-is interleaved, so that all of it sees the same machine; the figures are the fastest of the rounds, and the medians of
-them in brackets. On a machine with other work to do, wall time with several threads says little: small operators wait
-for threads that are not running, which the reference suffers from most. There, use ``--threads 1 --clock cpu``.
+is interleaved, so that all of it sees the same machine; the figures are medians of the rounds, with the distance
+between the quartiles in percent. On a machine with other work to do, wall time with several threads says little: small
+operators wait for threads that are not running, which the reference suffers from most. There, use
+``--threads 1 --clock cpu``.
 
 Memory is a fresh process's peak above what it held before, outputs included, as a multiple of inputs and outputs.
 
@@ -16,16 +17,17 @@ import argparse
 import contextlib
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from _timing import in_turns, seconds_of
+from _timing import in_turns, seconds_a_call, spread
 
 import zoo
 from zoo.ops import selective_scan
@@ -80,20 +82,13 @@ def make_call(name: str, length: int, device: str, *, backward: bool) -> Callabl
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round; a quick call is repeated within its turn and its fastest counts."""
-
-    def fastest(call: Callable[[], Any]) -> float:
-        least, spent = float("inf"), 0.0
-        while spent < 0.05:
-            seconds = seconds_of(call, clock)
-            least, spent = min(least, seconds), spent + seconds
-        return least * 1e3
-
-    return in_turns(rounds, {name: lambda call=call: fastest(call) for name, call in calls.items()})
+    """Milliseconds of each call in each round; a quick call is repeated within its turn."""
+    timers = {name: partial(seconds_a_call, call, clock, at_least=0.05) for name, call in calls.items()}
+    return {name: [1e3 * seconds for seconds in turns] for name, turns in in_turns(rounds, timers).items()}
 
 
 def show(milliseconds: list[float]) -> str:
-    return f"{min(milliseconds):.3g} ms ({statistics.median(milliseconds):.3g})"
+    return f"{median(milliseconds):.3g} ms ({spread(milliseconds):.0f} %)"
 
 
 def row(*cells: object) -> None:
@@ -155,11 +150,11 @@ def benchmark_op(names: list[str], device: str, rounds: int, clock: Callable[[],
         columns = []
         for length in LENGTHS:
             calls = {name: make_call(name, length, device, backward=backward) for name in names}
-            columns.append(interleaved(calls, rounds if length < 1000 else max(2, rounds // 2), clock))
+            columns.append(interleaved(calls, rounds, clock))
         for name in names:
             cells = []
             for times in columns:
-                ratio = min(times["ref"]) / min(times[name])
+                ratio = median(times["ref"]) / median(times[name])
                 cells.append(show(times[name]) + ("" if name == "ref" else f", x {ratio:.1f}"))
             if name == "ref":
                 row(name, *cells, "", "")
@@ -167,7 +162,7 @@ def benchmark_op(names: list[str], device: str, rounds: int, clock: Callable[[],
             one, two = (make_call(name, length, device, backward=backward) for length in (3136, 6272))
             pair = interleaved({"one": one, "two": two}, rounds, clock)
             memory = peak_memory_ratio(name, device, backward=backward)
-            row(name, *cells, f"{min(pair['two']) / min(pair['one']):.2f}", memory)
+            row(name, *cells, f"{median(pair['two']) / median(pair['one']):.2f}", memory)
 
 
 def benchmark_model(names: list[str], rounds: int, clock: Callable[[], float]) -> None:
@@ -188,9 +183,9 @@ def benchmark_model(names: list[str], rounds: int, clock: Callable[[], float]) -
     header("whole model, forward, batch 1, 224 px", "time", "against scan ref", "against efficientvit_m5")
     for label, milliseconds in times.items():
         fused = ", fused" if ", fused" in label else ""
-        against_m5 = f"{min(milliseconds) / min(times['efficientvit_m5' + fused]):.2f}"
+        against_m5 = f"{median(milliseconds) / median(times['efficientvit_m5' + fused]):.2f}"
         reference = times.get(f"efficientvmamba_t{fused}, scan ref")
-        against_ref = f"x {min(reference) / min(milliseconds):.1f}" if reference and "mamba" in label else ""
+        against_ref = f"x {median(reference) / median(milliseconds):.1f}" if reference and "mamba" in label else ""
         row(label, show(milliseconds), against_ref, against_m5)
 
 

@@ -18,10 +18,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
-from _timing import in_turns
+from _timing import in_turns, seconds_a_call, spread
 from torch import Tensor, nn
 
 import zoo
@@ -62,24 +63,12 @@ def seconds_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each rival's forward pass in each round; a quick one is repeated within its turn."""
 
-    def seconds_a_pass(model: nn.Module, x: Tensor) -> float:
-        start, passes = clock(), 0
-        while passes == 0 or clock() - start < 0.1:
-            model(x)
-            passes += 1
-        return (clock() - start) / passes
-
     channels_last = images.to(memory_format=torch.channels_last)
     inputs = {kind: channels_last if "channels-last" in kind else images for kind in rivals}
-    timers = {kind: lambda kind=kind: seconds_a_pass(rivals[kind], inputs[kind]) for kind in rivals}
+    passes = {kind: partial(model, inputs[kind]) for kind, model in rivals.items()}
+    timers = {kind: partial(seconds_a_call, forward, clock, at_least=0.1) for kind, forward in passes.items()}
     with torch.inference_mode():
         return in_turns(rounds, timers)
-
-
-def spread(seconds: list[float]) -> float:
-    """The distance between the quartiles, in percent of the median."""
-    low, middle, high = statistics.quantiles(seconds, n=4)
-    return 100 * (high - low) / middle
 
 
 def main() -> None:
