@@ -23,6 +23,7 @@ _PUBLIC = {
     "ZooError": "zoo.errors",
     "ImageConfig": "zoo.config",
     "ModelConfig": "zoo.config",
+    "TextConfig": "zoo.config",
     "axis": "zoo.config",
     "config_from_dict": "zoo.registry",
     "config_from_json": "zoo.registry",
@@ -40,7 +41,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
-    from zoo.config import ImageConfig, ModelConfig, axis
+    from zoo.config import ImageConfig, ModelConfig, TextConfig, axis
     from zoo.errors import (
         ConfigError,
         DataError,
@@ -73,6 +74,7 @@ __all__ = [
     "MissingExtraError",
     "ModelConfig",
     "RecipeError",
+    "TextConfig",
     "TrainingError",
     "UnknownModelError",
     "WeightsError",

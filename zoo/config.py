@@ -84,6 +84,21 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise :class:`ConfigError` when the numbers do not make a network. Subclasses extend this."""
 
+    def check_same_length(self, *names: str) -> None:
+        """Raise when these per-stage tuples differ in length."""
+        lengths = {name: len(getattr(self, name)) for name in names}
+        if len(set(lengths.values())) > 1:
+            described = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise ConfigError(f"{type(self).__name__}: {described}; expected one entry per stage in each.")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise when one of these numbers, or an entry of one of these tuples, is not positive."""
+        for name in names:
+            value = getattr(self, name)
+            for entry in value if isinstance(value, tuple) else (value,):
+                if entry <= 0:
+                    raise ConfigError(f"{type(self).__name__}.{name} is {value}; expected positive numbers.")
+
     def override(self, **changes: Any) -> Self:
         """A copy with some fields replaced.
 
@@ -161,17 +176,28 @@ class ImageConfig(ModelConfig):
             if not 0.0 <= getattr(self, rate) < 1.0:
                 raise ConfigError(f"{name}.{rate} is {getattr(self, rate)}; expected 0 <= rate < 1.")
 
-    def check_same_length(self, *names: str) -> None:
-        """Raise when these per-stage tuples differ in length."""
-        lengths = {name: len(getattr(self, name)) for name in names}
-        if len(set(lengths.values())) > 1:
-            described = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-            raise ConfigError(f"{type(self).__name__}: {described}; expected one entry per stage in each.")
 
-    def check_positive(self, *names: str) -> None:
-        """Raise when one of these numbers, or an entry of one of these tuples, is not positive."""
-        for name in names:
-            value = getattr(self, name)
-            for entry in value if isinstance(value, tuple) else (value,):
-                if entry <= 0:
-                    raise ConfigError(f"{type(self).__name__}.{name} is {value}; expected positive numbers.")
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(ModelConfig):
+    """The fields that every language model has, by transformers' names."""
+
+    vocab_size: int = 32_000
+    hidden_size: int = axis("width", 1024, multiple_of=64)
+    num_hidden_layers: int = axis("depth", 24)  # blocks that a token passes on its way, shared weights or not
+    max_position_embeddings: int = 2048  # tokens; the length that the model was trained at
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_positive("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    f"{type(self).__name__}.{name} is {token}; expected 0 to {self.vocab_size - 1} or None."
+                )
