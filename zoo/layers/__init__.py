@@ -1,6 +1,7 @@
 """Layers that two families or more share. Plain PyTorch: nothing here needs timm."""
 
 from zoo.layers.attention_bias import AttentionBias, resize_bias_table
+from zoo.layers.bit_linear import BitLinear
 from zoo.layers.conv_norm import ConvNorm, NormLinear, fold_norm, fuse_batch_norm, fuse_pairs
 from zoo.layers.drop import DropPath, drop_path_rates
 from zoo.layers.layer_scale import LayerScale, LayerScale2d, fold_layer_scale
@@ -14,6 +15,7 @@ from zoo.layers.stage import Stage
 
 __all__ = [
     "AttentionBias",
+    "BitLinear",
     "ConvNorm",
     "DropPath",
     "GlobalPool",
