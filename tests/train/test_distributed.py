@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from zoo.train.engine import train
 from zoo.train.recipe import Recipe
@@ -131,6 +133,27 @@ def test_processes_together_equal_one(
     assert f"batch of 8 = {world} processes x 2 samples x {passes} passes" in printed[0]
     assert "batch of 8" not in printed[1]
     assert_close(tmp_path / "run", alone[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, then", [("images", ("", 1)), ("text", ("fsdp2", 2))])
+def test_sharded_processes_equal_one(
+    recipes: dict[str, Recipe], alone: dict[str, Path], tmp_path: Path, kind: str, then: tuple[str, int]
+) -> None:
+    """Killed once and gone on with, sharded or not: what is saved is whole."""
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    processes = start(recipes[kind].replace(**{"train.sharding": "fsdp2"}), tmp_path / "run", 2)
+    wait_for(lambda: checkpoint.exists(), processes)
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "run" / "result.json").exists()
+    sharding, world = then
+    finish(start(recipes[kind].replace(**{"train.sharding": sharding}), tmp_path / "run", world))
+    assert_close(tmp_path / "run", alone[kind])
+    mine, theirs = (load_file(each / "model.safetensors") for each in (tmp_path / "run", alone[kind]))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -266,13 +266,28 @@ def test_a_precision_that_the_device_has_not_is_one_clear_line(monkeypatch: pyte
         device.make_accelerator("bf16")
 
 
-def test_sharing_the_model_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (DistributedType.FSDP, r"^accelerate is set to FSDP 1; expected fsdp_version: 2 "),
+        (DistributedType.DEEPSPEED, r"^accelerate is set to DEEPSPEED; .* expected DDP or FSDP2 "),
+    ],
+)
+def test_what_no_checkpoint_could_hold_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: DistributedType, message: str
+) -> None:
     class Sharded:
-        distributed_type = DistributedType.FSDP
+        distributed_type = kind
+        is_fsdp2 = False
 
     monkeypatch.setattr(device, "Accelerator", lambda **_: Sharded())
-    with pytest.raises(RecipeError, match=r"^accelerate is set to FSDP; zoo's checkpoints hold whole models so far, "):
+    with pytest.raises(RecipeError, match=message):
         device.make_accelerator("fp32")
+
+
+def test_one_process_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    device.make_accelerator("fp32", sharding="fsdp2")
+    assert caplog.messages == ["train.sharding='fsdp2' has no effect with one process"]
 
 
 @pytest.mark.parametrize("package, what", [("matplotlib", "Plotting the curves"), ("tensorboard", "train.tensorboard")])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zoo.atomic import save_safetensors
 from zoo.errors import TrainingError, WeightsError
+from zoo.train.sharding import part_like, whole
 
 
 def save_checkpoint(
@@ -23,6 +24,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     sampler: dict[str, Tensor],
+    *,
+    writes: bool = True,
 ) -> None:
     """Write atomically: after a kill at any instant, ``path`` is the previous checkpoint or this one.
 
@@ -31,22 +34,34 @@ def save_checkpoint(
         model, ema, optimizer: What is trained, its average if there is one, and by what.
         progress: Whatever else resuming needs, as JSON takes it.
         sampler: The sampler's tensors, by name.
+        writes: Whether this process is the one that writes. Where the model is shared out, the others must call this
+            too, so that theirs is gathered.
 
     Raises:
         TrainingError: If it cannot be written (a full disk); the previous checkpoint is kept.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+
+    def add(prefix: str, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            tensor = torch.as_tensor(whole(value))
+            if writes:
+                tensors[f"{prefix}.{name}"] = tensor
+
+    add("model", model.state_dict())
     if ema is not None:
-        tensors.update((f"ema.{name}", tensor) for name, tensor in ema.state_dict().items())
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors.update((f"optimizer.{index}.{name}", torch.as_tensor(value)) for name, value in state.items())
-    tensors.update((f"sampler.{name}", tensor) for name, tensor in sampler.items())
+        add("ema", ema.state_dict())
+    remembered = optimizer.state_dict()
+    for index, state in remembered["state"].items():
+        add(f"optimizer.{index}", state)
+    add("sampler", sampler)
     # Some optimisers count in their groups.
     groups = [
         {name: value for name, value in group.items() if isinstance(value, int | float)}
-        for group in optimizer.state_dict()["param_groups"]
+        for group in remembered["param_groups"]
     ]
-    write(path, tensors, {"zoo_progress": json.dumps(progress), "zoo_groups": json.dumps(groups)})
+    if writes:
+        write(path, tensors, {"zoo_progress": json.dumps(progress), "zoo_groups": json.dumps(groups)})
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -78,9 +93,9 @@ def load_checkpoint(
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is not a training checkpoint of zoo, or is damaged: {error}.") from error
     try:
-        model.load_state_dict(_part(tensors, "model."))
+        _load(model, _part(tensors, "model."))
         if ema is not None:
-            ema.load_state_dict(_part(tensors, "ema."))
+            _load(ema, _part(tensors, "ema."))
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit this run's model: {str(error).splitlines()[-1].strip()}") from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -88,14 +103,22 @@ def load_checkpoint(
     for key, tensor in _part(tensors, "optimizer.").items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        # In the parameter's own memory layout, so that the arithmetic is the uninterrupted run's to the last bit.
         if tensor.shape == parameter.shape:
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+            tensor = part_like(tensor, parameter)
         state.setdefault(int(index), {})[name] = tensor
     groups = optimizer.state_dict()["param_groups"]
     groups = [{**group, **saved} for group, saved in zip(groups, saved_groups, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return progress, _part(tensors, "sampler.")
+
+
+def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
+    held = model.state_dict()
+    fitting = {
+        name: part_like(tensor, held[name]) if name in held and tensor.shape == held[name].shape else tensor
+        for name, tensor in state.items()
+    }
+    model.load_state_dict(fitting)  # and this raises for what does not fit
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

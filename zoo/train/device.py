@@ -1,36 +1,42 @@
 """Where a run computes, and in which precision."""
 
+import logging
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 
 from zoo.errors import RecipeError, reason
+from zoo.train.sharding import check, plugins
 
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_logger = logging.getLogger(__name__)
+
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(precision: str, **options: Any) -> Accelerator:
+def make_accelerator(precision: str, *, sharding: str = "", offload: bool = False, **options: Any) -> Accelerator:
     """An accelerator of this precision, whatever an earlier run in this process had.
 
     Args:
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        sharding: How processes share the model out, as :func:`~zoo.train.sharding.plugins` takes it; one process has
+            nobody to share it with, and says so.
+        offload: With sharding: keep what is not computed with in the host's memory.
         **options: Of :class:`accelerate.Accelerator`.
 
     Raises:
-        RecipeError: If this machine cannot compute in it, or accelerate is set to share the model out.
+        RecipeError: If this machine cannot compute in it, or accelerate is set to something that zoo cannot
+            save.
     """
+    if sharding and PartialState().num_processes == 1:
+        _logger.warning("train.sharding=%r has no effect with one process", sharding)
+    else:
+        options |= plugins(sharding, offload=offload)
     AcceleratorState._reset_state()  # accelerate keeps one precision per process; the process group stays
     try:
         accelerator = Accelerator(mixed_precision=_PRECISION[precision], **options)
     except ValueError as error:
         AcceleratorState._reset_state()
         raise RecipeError(f"train.precision is {precision!r}, which does not work here: {reason(error)}.") from error
-    if accelerator.distributed_type in _SHARDED:
-        raise RecipeError(
-            f"accelerate is set to {accelerator.distributed_type.value}; zoo's checkpoints hold whole models so far, "
-            "expected DDP (`accelerate config`, or torchrun)."
-        )
+    check(accelerator)
     return accelerator

@@ -30,6 +30,7 @@ from zoo.config import ModelConfig
 from zoo.data.loader import Batch, EpochSampler, Loader, derive_seed
 from zoo.data.pruning import PRUNING, Pruning
 from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason, require
+from zoo.factory import build
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.registry import family_of
 from zoo.train import report
@@ -40,6 +41,7 @@ from zoo.train.recipe import Optim, Recipe, Train, load_recipe
 from zoo.train.run_folder import RunFolder, read_json, write_json, write_metrics, write_text
 from zoo.train.schedule import learning_rate
 from zoo.train.scoring import evaluate
+from zoo.train.sharding import is_sharded, local, share_out, whole
 from zoo.train.tasks import TASKS, eval_loader
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ _logger = logging.getLogger(__name__)
 _FUSED = ("adam", "adamw", "sgd")  # torch has one kernel for a whole step of these
 # what a checkpoint holds besides tensors
 _REMEMBERED = ("step", "epoch", "epoch_step", "loss_sum", "history", "best", "seconds")
+_HOW_IT_IS_HELD = ("train.sharding", "train.offload")  # a run may go on with others, as with other processes
 _CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where each look waits for the device
 
 
@@ -114,6 +117,8 @@ class _Run:
             recipe.train.precision,
             log_with="tensorboard" if recipe.train.tensorboard else None,
             project_dir=folder.path,
+            sharding=recipe.train.sharding,
+            offload=recipe.train.offload,
         )
         self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulate
@@ -139,6 +144,11 @@ class _Run:
         if recipe.train.compile:
             model.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if self.ema is not None and is_sharded(self.accelerator):
+            share_out(self.accelerator, self.ema.module)
+            self.ema.foreach = (
+                False  # which takes no mixture of parameters that are shared out and buffers that are not
+            )
         self.progress = Progress(self, quiet=quiet or not self.accelerator.is_main_process)
         self.terminated = False  # SIGTERM has come
         # What a checkpoint remembers.
@@ -217,9 +227,10 @@ class _Run:
     def _write_report(self, result: Result) -> None:
         """One page about the run. The model shown is that of ``model.safetensors``, whichever epoch it is from."""
         recipe, scoring = self.recipe, self.task.scoring
-        model = self.plain_model
+        # A model that is shared out runs on all processes or on none, and this is the main one alone.
+        model = build(self.config) if is_sharded(self.accelerator) else self.plain_model
         fit_state_dict(model, load_state_dict(self.folder.weights), family_of(self.config))
-        model.eval()
+        model.to(self.accelerator.device).eval()
         last = self.history[-1]
         kind = "averaged" if self.ema is not None else "raw"
         facts = [("kept", f"{kind} weights of epoch {result.epoch}: {scoring.headline(result.metrics)}")]
@@ -344,8 +355,11 @@ class _Run:
         """Stop before a checkpoint is written from a loss, or from weights, that are not finite."""
         self._check_losses()
         # A step can spoil the weights while its own loss, taken before it, is still finite.
-        tensors = [tensor for tensor in self.plain_model.state_dict().values() if tensor.is_floating_point()]
-        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        tensors = [local(tensor) for tensor in self.plain_model.state_dict().values() if tensor.is_floating_point()]
+        spoilt = ~torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        if is_sharded(self.accelerator):  # only the process that has the part sees it
+            spoilt = self.accelerator.reduce(spoilt.float().to(self.accelerator.device)) > 0
+        if spoilt:
             raise self._diverged("The weights are no longer finite", self.step - 1, self._learning_rate)
 
     def _stop(self) -> None:
@@ -398,8 +412,9 @@ class _Run:
         metric, sign = f"{chosen}_{scoring.best}", 1 if scoring.higher_is_better else -1
         if recipe.train.keep == "last" or not self.best or sign * row[metric] > sign * self.best[metric]:
             self.best = row
+            state = {name: whole(tensor) for name, tensor in candidates[chosen].state_dict().items()}
             if accelerator.is_main_process:
-                write(self.folder.weights, candidates[chosen].state_dict(), self._weights_metadata())
+                write(self.folder.weights, state, self._weights_metadata())
         self._save()
         if accelerator.is_main_process:
             write_metrics(self.folder.metrics, self.history)
@@ -419,14 +434,19 @@ class _Run:
                 self.train_loader.skipped |= skipped
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
-        if self.accelerator.is_main_process:
-            scaler = getattr(self.accelerator, "scaler", None)
-            progress = {name: getattr(self, name) for name in _REMEMBERED}
-            progress["scaler"] = scaler.state_dict() if scaler is not None else None
-            progress["skipped"] = self.train_loader.skipped
-            ema = self.ema.module if self.ema is not None else None
-            sampler = self.pruning.state() if self.pruning is not None else {}
-            save_checkpoint(self.folder.checkpoint, self.plain_model, ema, self._plain_optimizer, progress, sampler)
+        progress = {name: getattr(self, name) for name in _REMEMBERED}
+        scaler = getattr(self.accelerator, "scaler", None)
+        progress["scaler"] = scaler.state_dict() if scaler is not None else None
+        progress["skipped"] = self.train_loader.skipped
+        save_checkpoint(
+            self.folder.checkpoint,
+            self.plain_model,
+            self.ema.module if self.ema is not None else None,
+            self._plain_optimizer,
+            progress,
+            self.pruning.state() if self.pruning is not None else {},
+            writes=self.accelerator.is_main_process,
+        )
         self.accelerator.wait_for_everyone()
 
     @property
@@ -570,7 +590,9 @@ def _read_result(folder: RunFolder) -> Result:
 def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     # Both by way of TOML, which knows no tuples.
     old, new = (_flat(tomllib.loads(each.to_toml())) for each in (load_recipe(folder.recipe), recipe))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changed = sorted(
+        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in _HOW_IT_IS_HELD
+    )
     if changed:
         raise RecipeError(
             f"{folder.path} holds a run of another recipe: {_listed(changed, old, new)}. Choose another --out."

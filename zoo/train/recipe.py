@@ -118,6 +118,10 @@ class Train:
     channels_last: bool = True
     compile: bool = False  # with torch.compile
     checkpoint_activations: bool = False  # compute them again in the backward pass, for less memory
+    sharding: str = (
+        ""  # "fsdp2": processes share the model out; empty: each holds it, unless `accelerate config` says so
+    )
+    offload: bool = False  # with sharding: parameters and the optimiser's state wait in the host's memory
     ema: float = 0.0  # decay of the averaged weights, with timm's warm-up; 0 for none
     keep: str = "best"  # which epoch's weights become model.safetensors: "best" on the held-out part, or "last"
     save_steps: int = 0  # also checkpoint every so many optimiser steps, besides after every epoch
@@ -333,6 +337,7 @@ _CHOICES = {
     "optim.clip_mode": ("norm", "value", "agc"),
     "train.keep": ("best", "last"),
     "train.precision": ("fp32", "bf16", "fp16"),
+    "train.sharding": ("", "fsdp2"),
 }
 
 
@@ -364,6 +369,10 @@ def _check(recipe: Recipe) -> list[str]:
         )
     if distill.teacher and distill.kind != "feature" and distill.alpha > 1:
         problems.append(f"distill.alpha is {distill.alpha:g}, expected 0 to 1")
+    if recipe.train.offload and not recipe.train.sharding:
+        problems.append("train.offload goes with train.sharding, expected 'fsdp2' there")
+    if recipe.train.sharding and recipe.optim.clip and recipe.optim.clip_mode == "agc":
+        problems.append("optim.clip_mode is 'agc', which needs whole parameters; expected 'norm' with train.sharding")
     if model.pretrained and model.checkpoint:
         problems.append("model has both pretrained and checkpoint, expected one of them")
     if recipe.train.from_scratch and not (model.pretrained or model.checkpoint):
