@@ -1,6 +1,5 @@
 """BitLinear: the reference by hand, every implementation against it, packing, and what it refuses."""
 
-import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close

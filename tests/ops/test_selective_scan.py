@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,15 +20,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from zoo.errors import ConfigError, ShapeError
-from zoo.ops import selective_scan
+from zoo.ops import _extension, selective_scan
 from zoo.ops.selective_scan import (
-    _dispatch,
     choose,
     cpu,
     mamba,
     onnx_decompositions,
     selective_scan_reference,
-    vectorised,
 )
 from zoo.ops.selective_scan._op import NAMES
 
@@ -91,11 +90,11 @@ def scan_with_state(**inputs: Any) -> Any:
 @pytest.fixture(params=["cpu", "torch"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the implementations for CPUs, forced."""
-    monkeypatch.setenv(_dispatch.VARIABLE, request.param)
-    if request.param == "cpu" and cpu.unavailable() is not None:
+    monkeypatch.setenv(choose.variable, request.param)
+    if request.param == "cpu" and cpu.EXTENSION.unavailable() is not None:
         if os.environ.get("CI"):
-            pytest.fail(f"CI must build the C++ kernel: {cpu.unavailable()}")
-        pytest.skip(str(cpu.unavailable()))
+            pytest.fail(f"CI must build the C++ kernel: {cpu.EXTENSION.unavailable()}")
+        pytest.skip(str(cpu.EXTENSION.unavailable()))
     assert choose(CPU).name == request.param
     return request.param
 
@@ -129,7 +128,7 @@ def test_without_softplus(implementation: str) -> None:
 @pytest.mark.parametrize("name", ["cpu", "torch", "ref"])
 def test_golden(name: str, golden: ModuleType, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients of the authors' own reference."""
-    monkeypatch.setenv(_dispatch.VARIABLE, name)
+    monkeypatch.setenv(choose.variable, name)
     case = golden.load_case(shared / "golden" / "selective_scan_ops.json")
     stored = golden.load_outputs(shared / "golden" / "selective_scan_ops.json")
     inputs = {key: stored[key].requires_grad_() for key in case["input"]["names"]}
@@ -219,7 +218,7 @@ def test_three_dimensional_maps_are_one_group(implementation: str) -> None:
 )
 @pytest.mark.parametrize("name", ["", "ref"])
 def test_refused(changes: dict[str, Tensor], message: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_dispatch.VARIABLE, name)
+    monkeypatch.setenv(choose.variable, name)
     with pytest.raises(ShapeError, match=message):
         selective_scan(**{**make_inputs(), **changes})
 
@@ -380,8 +379,8 @@ def test_counted_as_the_authors_do() -> None:
 
 
 def test_default_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
-    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    monkeypatch.delenv(choose.variable, raising=False)
+    monkeypatch.setattr(cpu.EXTENSION, "unavailable", lambda: None)
     monkeypatch.setattr(mamba, "unavailable", lambda: None)
     cuda = torch.device("cuda")
     assert choose(CPU).name == "cpu"
@@ -389,27 +388,27 @@ def test_default_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(cuda, torch.float64).name == "torch"
     assert choose(torch.device("mps")).name == "torch"
     monkeypatch.setattr(mamba, "unavailable", lambda: "mamba-ssm is not installed")
-    monkeypatch.setattr(_dispatch, "_triton_unavailable", lambda _: "Triton is not installed")
+    monkeypatch.setattr(util, "find_spec", lambda _: None)  # no Triton
     assert choose(cuda).name == "torch"
     assert choose(cuda).reason == "mamba-ssm is not installed and Triton is not installed"
 
 
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_dispatch.VARIABLE, "tritn")
+    monkeypatch.setenv(choose.variable, "tritn")
     with pytest.raises(ConfigError, match=r"ZOO_SELECTIVE_SCAN is 'tritn'; expected .* Did you mean: triton"):
         selective_scan(**make_inputs())
 
 
 @pytest.mark.parametrize("name", ["triton", "mamba"])
 def test_choice_that_cannot_run_here(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_dispatch.VARIABLE, name)
+    monkeypatch.setenv(choose.variable, name)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=f"ZOO_SELECTIVE_SCAN={name}, but "):
         selective_scan(**make_inputs())
 
 
 def test_cpu_choice_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_dispatch.VARIABLE, "cpu")
+    monkeypatch.setenv(choose.variable, "cpu")
     with pytest.raises(ConfigError, match="the tensors are on 'cuda'"):
         choose(torch.device("cuda"))
 
@@ -424,12 +423,12 @@ def test_falls_back_where_nothing_can_be_built(
     if missing == "headers":
         broken = tmp_path / "broken.cpp"
         broken.write_text("#error nothing to build here\n")
-        monkeypatch.setattr(cpu, "SOURCE", broken)
+        monkeypatch.setattr(cpu.EXTENSION, "source", broken)
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     else:
-        monkeypatch.setattr(cpu, missing, lambda: None)
-    monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
-    cpu.unavailable.cache_clear()
+        monkeypatch.setattr(_extension, missing, lambda: None)
+    monkeypatch.delenv(choose.variable, raising=False)
+    cpu.EXTENSION.forget()
     try:
         with caplog.at_level(logging.INFO, logger="zoo"):
             assert choose(CPU).name == choose(CPU).name == "torch"
@@ -440,7 +439,7 @@ def test_falls_back_where_nothing_can_be_built(
             with_gradients(scan_with_state, make_inputs()), with_gradients(selective_scan_reference, make_inputs())
         )
     finally:
-        cpu.unavailable.cache_clear()
+        cpu.EXTENSION.forget()
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,29 +447,18 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from zoo.cli import app
 
-    monkeypatch.setenv(_dispatch.VARIABLE, "torch")
+    monkeypatch.setenv(choose.variable, "torch")
     result = CliRunner().invoke(app, ["doctor", "--json"])
     facts = json.loads(result.stdout)
     assert facts["operators"]["selective_scan on cpu"] == "torch: ZOO_SELECTIVE_SCAN=torch"
     assert facts["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert set(facts["tools"]) == {"C++ compiler", "ninja"}
     assert "selective_scan on cpu" in CliRunner().invoke(app, ["doctor"]).stdout
-    monkeypatch.setenv(_dispatch.VARIABLE, "fast")
+    monkeypatch.setenv(choose.variable, "fast")
     assert "none: ZOO_SELECTIVE_SCAN is 'fast'" in CliRunner().invoke(app, ["doctor"]).stdout
 
 
-# The vectorised form's parts, and the kernels for GPUs.
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 64, 100])
-def test_linear_scan(length: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.rand(2, 3, length, generator=generator), torch.randn(2, 3, length, generator=generator)
-    h, expected = torch.zeros(2, 3), []
-    for t in range(length):
-        h = a[..., t] * h + b[..., t]
-        expected.append(h)
-    assert_close(vectorised.linear_scan(a, b), torch.stack(expected, -1))
+# The kernels for GPUs.
 
 
 INTERPRETED = """
@@ -489,7 +477,7 @@ for size in ({"length": 70, "channels": 4, "states": 3}, {"length": 64, "batch":
 def test_triton_kernels_interpreted() -> None:
     """The Triton kernels' arithmetic, without a GPU."""
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", _dispatch.VARIABLE: "triton"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", choose.variable: "triton"}
     folder = str(Path(__file__).parent)
     command = [sys.executable, "-c", INTERPRETED, folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
@@ -534,7 +522,7 @@ def test_on_a_gpu(name: str, size: dict[str, Any], without: tuple[str, ...], mon
         pytest.skip("needs a CUDA GPU")
     if name == "mamba" and mamba.unavailable() is not None:
         pytest.skip(str(mamba.unavailable()))
-    monkeypatch.setenv(_dispatch.VARIABLE, name)
+    monkeypatch.setenv(choose.variable, name)
     inputs = make_inputs(**size, without=without)
     expected = with_gradients(selective_scan_reference, inputs)
     on_gpu = {key: None if x is None else x.cuda() for key, x in inputs.items()}

@@ -31,9 +31,10 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
 
     import zoo
+    import zoo.ops  # the operators register what they choose from
     from zoo.errors import ConfigError
-    from zoo.ops.selective_scan import choose
-    from zoo.ops.selective_scan.cpu import compiler, ninja
+    from zoo.ops._dispatch import CHOICES
+    from zoo.ops._extension import compiler, ninja
 
     def version(package: str) -> str | None:
         try:
@@ -46,13 +47,14 @@ def examine() -> dict[str, dict[str, Any]]:
         devices[f"cuda:{i}"] = torch.cuda.get_device_name(i)
     if torch.backends.mps.is_available():
         devices["mps"] = "available"
-    scans = {}
-    for device in devices:
-        try:
-            chosen = choose(torch.device(device))
-            scans[f"selective_scan on {device}"] = f"{chosen.name}: {chosen.reason}"
-        except ConfigError as error:
-            scans[f"selective_scan on {device}"] = f"none: {error}"
+    operators = {}
+    for operator, choose in CHOICES.items():
+        for device in devices:
+            try:
+                chosen = choose(torch.device(device))
+                operators[f"{operator} on {device}"] = f"{chosen.name}: {chosen.reason}"
+            except ConfigError as error:
+                operators[f"{operator} on {device}"] = f"none: {error}"
     packages = ("torch", "torchvision", "timm", "triton", "mamba-ssm", "onnx", "onnxruntime")
     return {
         "versions": {
@@ -62,5 +64,5 @@ def examine() -> dict[str, dict[str, Any]]:
         },
         "devices": devices,
         "tools": {"C++ compiler": compiler(), "ninja": ninja()},
-        "operators": scans,
+        "operators": operators,
     }

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops._checks import cast, compute_dtype
 from zoo.ops.selective_scan import vectorised
-from zoo.ops.selective_scan._dispatch import choose, forced
+from zoo.ops.selective_scan._dispatch import choose
 from zoo.ops.selective_scan._op import check, scan
 from zoo.ops.selective_scan.reference import selective_scan_reference
 
@@ -73,8 +74,7 @@ def selective_scan(
     else:
         check(u, delta, A, B, C, D, z, delta_bias)
         form: Callable[..., tuple[Tensor, Tensor]] = selective_scan_reference if route == "ref" else vectorised.forward
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        tensors = [None if x is None else x.to(dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
+        tensors = cast(compute_dtype(u), u, delta, A, B, C, D, z, delta_bias)
         y, last_state = form(*tensors, delta_softplus)
         y = y.to(u.dtype)
     return (y, last_state) if return_last_state else y
@@ -82,10 +82,7 @@ def selective_scan(
 
 @torch.compiler.assume_constant_result
 def _route() -> str:
-    """``"op"``; ``"ref"`` where it is forced, so that autograd differentiates it; ``"export"`` on the way to ONNX."""
-    if torch.onnx.is_in_onnx_export():
-        return "export"
-    return "ref" if forced() == "ref" else "op"
+    return choose.route()
 
 
 def onnx_decompositions() -> dict[Any, Callable[..., Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ShapeError
+from zoo.ops._checks import cast, check_tensors, compute_dtype, show
 from zoo.ops.selective_scan._dispatch import choose
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -28,15 +29,15 @@ def check(
 ) -> None:
     """Raise ShapeError for what :func:`~zoo.ops.selective_scan.selective_scan` says it cannot take."""
     if u.ndim != 3:
-        raise ShapeError(f"u has shape {_show(u)}; expected [B, D, L].")
+        raise ShapeError(f"u has shape {show(u)}; expected [B, D, L].")
     batch, channels, length = u.shape
     if A.ndim != 2 or A.shape[0] != channels or A.shape[1] == 0:
-        raise ShapeError(f"A has shape {_show(A)}; expected [D, N] with D = {channels} and at least one state.")
+        raise ShapeError(f"A has shape {show(A)}; expected [D, N] with D = {channels} and at least one state.")
     states = A.shape[1]
     for name, x in (("B", B), ("C", C)):
         if x.ndim != 4 or (x.shape[0], x.shape[2], x.shape[3]) != (batch, states, length):
             raise ShapeError(
-                f"{name} has shape {_show(x)}; expected [B, N, L] or [B, G, N, L] with B = {batch}, N = {states}, "
+                f"{name} has shape {show(x)}; expected [B, N, L] or [B, G, N, L] with B = {batch}, N = {states}, "
                 f"L = {length}."
             )
     groups = B.shape[1]
@@ -52,28 +53,8 @@ def check(
     )
     for name, other, expected in others:
         if other is not None and tuple(other.shape) != expected:
-            raise ShapeError(f"{name} has shape {_show(other)}; expected {list(expected)}.")
-    for name, each in zip(NAMES, (u, delta, A, B, C, D, z, delta_bias), strict=True):
-        if each is None:
-            continue
-        if each.is_complex():
-            raise ShapeError(f"{name} is complex; only real selective scans are implemented.")
-        if not each.is_floating_point():
-            raise ShapeError(f"{name} is {each.dtype}; expected a floating-point tensor.")
-        if each.device != u.device:
-            raise ShapeError(f"{name} is on {each.device} and u on {u.device}; expected one device.")
-
-
-def _show(x: Tensor) -> str:
-    return str(list(x.shape))
-
-
-def _compute_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]  # a call that does nothing takes time
+            raise ShapeError(f"{name} has shape {show(other)}; expected {list(expected)}.")
+    check_tensors("selective_scan", u.device, **dict(zip(NAMES, (u, delta, A, B, C, D, z, delta_bias), strict=True)))
 
 
 @torch.library.custom_op("zoo::selective_scan", mutates_args=())
@@ -90,16 +71,16 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """y in the dtype of u, and the state after the last step in float32 (float64 where u is); B and C have groups."""
     check(u, delta, A, B, C, D, z, delta_bias)
-    dtype = _compute_dtype(u)
+    dtype = compute_dtype(u)
     if u.numel() == 0:
         return torch.empty_like(u, memory_format=torch.contiguous_format), _no_state(u, A)
-    run = choose(u.device, dtype).forward
-    y, last_state = run(*_cast(dtype, u, delta, A, B, C, D, z, delta_bias), delta_softplus=delta_softplus)
+    run = choose(u.device, dtype).module.forward
+    y, last_state = run(*cast(dtype, u, delta, A, B, C, D, z, delta_bias), delta_softplus=delta_softplus)
     return y.to(u.dtype).contiguous(), last_state.contiguous()
 
 
 def _no_state(u: Tensor, A: Tensor) -> Tensor:
-    return u.new_zeros((*u.shape[:2], A.shape[1]), dtype=_compute_dtype(u))
+    return u.new_zeros((*u.shape[:2], A.shape[1]), dtype=compute_dtype(u))
 
 
 @scan.register_fake
@@ -124,11 +105,11 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the eight tensors, each in the dtype of its tensor; empty ones for tensors that are not there."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    dtype = _compute_dtype(u)
+    dtype = compute_dtype(u)
     if u.numel() == 0:
         return tuple(u.new_empty(0) if x is None else torch.zeros_like(x) for x in inputs)  # type: ignore[return-value]
-    run = choose(u.device, dtype).backward
-    gradients = run(*_cast(dtype, grad_y, grad_last_state, *inputs), delta_softplus=delta_softplus)
+    run = choose(u.device, dtype).module.backward
+    gradients = run(*cast(dtype, grad_y, grad_last_state, *inputs), delta_softplus=delta_softplus)
     return tuple(  # type: ignore[return-value]
         u.new_empty(0) if x is None else gradient.to(x.dtype).contiguous()
         for x, gradient in zip(inputs, gradients, strict=True)

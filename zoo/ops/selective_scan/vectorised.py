@@ -1,7 +1,5 @@
 """The selective scan in PyTorch operators over whole stretches of time: for any device, and the form that is exported.
 
-A first-order recurrence is a scan with an associative operator, so it halves: each pair of steps makes one step of a
-recurrence of half the length (Blelloch, 1990). The work is linear in the length and there are log2(L) rounds of it.
 To bound memory, which holds every state of a stretch, long sequences go one chunk after the other.
 """
 
@@ -9,23 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.ops._linear_scan import linear_scan
+
 CHUNK = 256  # steps
-
-
-def linear_scan(a: Tensor, b: Tensor) -> Tensor:
-    """``h[t] = a[t] h[t-1] + b[t]`` along the last dimension, from 0; all of one shape."""
-    length = b.shape[-1]
-    if length == 1:
-        return b
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-    pairs = length // 2
-    a_odd = a[..., odd]
-    # h at 1, 3, 5, ...: two steps at a time
-    h_odd = linear_scan(a_odd * a[..., even][..., :pairs], a_odd * b[..., even][..., :pairs] + b[..., odd])
-    # h at 0, 2, 4, ...: one step from those
-    before = F.pad(h_odd[..., : length - pairs - 1], (1, 0))
-    h_even = a[..., even] * before + b[..., even]
-    return torch.stack((h_even, F.pad(h_odd, (0, length % 2))), -1).flatten(-2)[..., :length]
 
 
 def _scan_from(state: Tensor, a: Tensor, b: Tensor) -> Tensor:

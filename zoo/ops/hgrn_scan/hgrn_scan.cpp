@@ -1,0 +1,114 @@
+// The gated recurrence on CPUs, forward and backward: see reference.py for the maths and _extension.py for the build.
+//
+// There are two operations to three numbers from memory, so what matters is to walk memory well. A task is a stretch of
+// one sequence's columns; it goes along time, and its state (or the gradient of it) stays in the first cache.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxColumns = 512;  // of a task: long enough for the hardware to prefetch, short enough for its state
+
+// Calls task(sequence, first column, columns) for stretches that share the columns out evenly, on all threads.
+template <typename Task>
+void for_columns(int64_t batches, int64_t width, const Task& task) {
+  const int64_t wanted = (at::get_num_threads() + batches - 1) / std::max<int64_t>(batches, 1);
+  int64_t columns = std::min((width + wanted - 1) / wanted, kMaxColumns);
+  columns = std::max<int64_t>((columns + 15) / 16 * 16, 16);  // whole cache lines
+  const int64_t tasks = (width + columns - 1) / columns;
+  at::parallel_for(0, batches * tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % tasks * columns;
+      task(i / tasks, first, std::min(columns, width - first));
+    }
+  });
+}
+
+template <typename T>
+void forward(const T* f, const T* v, const T* start, T* states, int64_t batches, int64_t length, int64_t width) {
+  for_columns(batches, width, [&](int64_t b, int64_t first, int64_t columns) {
+    T state[kMaxColumns];
+    for (int64_t d = 0; d < columns; ++d) state[d] = start ? start[b * width + first + d] : T(0);
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t row = (b * length + t) * width + first;
+      const T *__restrict f_t = f + row, *__restrict v_t = v + row;
+      T* __restrict out = states + row;
+      for (int64_t d = 0; d < columns; ++d) out[d] = state[d] = f_t[d] * state[d] + v_t[d];
+    }
+  });
+}
+
+template <typename T>
+void backward(const T* grad, const T* f, const T* states, const T* start, T* grad_f, T* grad_v, int64_t batches,
+              int64_t length, int64_t width) {
+  for_columns(batches, width, [&](int64_t b, int64_t first, int64_t columns) {
+    T carry[kMaxColumns] = {};  // f[t+1] g[t+1]
+    for (int64_t t = length - 1; t >= 0; --t) {
+      const int64_t row = (b * length + t) * width + first;
+      const T *__restrict grad_t = grad + row, *__restrict f_t = f + row;
+      const T* __restrict before = t > 0 ? states + row - width : start ? start + b * width + first : nullptr;
+      T *__restrict grad_f_t = grad_f + row, *__restrict grad_v_t = grad_v + row;
+      if (before) {
+        for (int64_t d = 0; d < columns; ++d) {
+          const T g = grad_t[d] + carry[d];
+          grad_v_t[d] = g;
+          grad_f_t[d] = g * before[d];
+          carry[d] = f_t[d] * g;
+        }
+      } else {
+        for (int64_t d = 0; d < columns; ++d) {
+          grad_v_t[d] = grad_t[d] + carry[d];
+          grad_f_t[d] = T(0);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+const T* data(const OptionalTensor& x) {
+  return x ? x->const_data_ptr<T>() : nullptr;
+}
+
+// All tensors are contiguous: [B, T, D], and [B, D] for the initial state.
+Tensor hgrn_scan_forward(const Tensor& f, const Tensor& v, const OptionalTensor& start) {
+  Tensor states = at::empty_like(v);
+  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "hgrn_scan_forward", [&] {
+    forward<scalar_t>(f.const_data_ptr<scalar_t>(), v.const_data_ptr<scalar_t>(), data<scalar_t>(start),
+                      states.data_ptr<scalar_t>(), v.size(0), v.size(1), v.size(2));
+  });
+  return states;
+}
+
+std::tuple<Tensor, Tensor> hgrn_scan_backward(const Tensor& grad, const Tensor& f, const Tensor& states,
+                                              const OptionalTensor& start) {
+  Tensor grad_f = at::empty_like(f), grad_v = at::empty_like(f);
+  AT_DISPATCH_FLOATING_TYPES(f.scalar_type(), "hgrn_scan_backward", [&] {
+    backward<scalar_t>(grad.const_data_ptr<scalar_t>(), f.const_data_ptr<scalar_t>(), states.const_data_ptr<scalar_t>(),
+                       data<scalar_t>(start), grad_f.data_ptr<scalar_t>(), grad_v.data_ptr<scalar_t>(), f.size(0),
+                       f.size(1), f.size(2));
+  });
+  return {grad_f, grad_v};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(zoo_cpu, library) {
+  library.def("hgrn_scan_forward(Tensor f, Tensor v, Tensor? initial_state) -> Tensor", &hgrn_scan_forward);
+  library.def(
+      "hgrn_scan_backward(Tensor grad, Tensor f, Tensor states, Tensor? initial_state) -> (Tensor, Tensor)",
+      &hgrn_scan_backward);
+}
