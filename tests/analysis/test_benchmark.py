@@ -79,6 +79,12 @@ def test_a_comparison_that_its_spread_swamps_is_refused() -> None:
     assert not compare(timing(9, 90, 30), timing(12, 120, 40)).swamped
 
 
+def test_only_what_took_turns_is_compared(clock: Clock) -> None:
+    one, other = (measure({"a": clock.call("a", 0.1)}, rounds=2)["a"] for _ in range(2))
+    with pytest.raises(zoo.ConfigError, match="not measured in turns"):
+        compare(one, other)
+
+
 def test_percentiles_are_of_single_calls() -> None:
     times = tuple(float(i) for i in range(100))
     values = Timing(rounds=(1.0,), times=times, warmup_calls=1, settled=True)

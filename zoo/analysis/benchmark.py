@@ -12,11 +12,13 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import logging
 import os
 import platform
+import secrets
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -27,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 import zoo
 from zoo.errors import ConfigError, nearest
@@ -45,6 +46,7 @@ class Timing:
     times: tuple[float, ...]  # of every call that was timed; of very short ones, means of several
     warmup_calls: int
     settled: bool  # whether two turns of the warm-up agreed within 5 % before its time was over
+    session: str = ""  # the same for all that took turns
 
     @property
     def median(self) -> float:
@@ -124,6 +126,7 @@ def measure(
     turns = {name: _turn(call, place, threads or torch.get_num_threads(), clock) for name, call in calls.items()}
     warm = {name: _warm_up(turn, turn_s, warmup_s) for name, turn in turns.items()}
     times: dict[str, list[list[float]]] = {name: [] for name in turns}
+    session = secrets.token_hex(4)
     for _ in range(rounds):
         for name, turn in turns.items():
             gc.collect()
@@ -134,15 +137,27 @@ def measure(
             times=tuple(seconds for turn_times in of_rounds for seconds in turn_times),
             warmup_calls=warm[name][0],
             settled=warm[name][1],
+            session=session,
         )
         for name, of_rounds in times.items()
     }
 
 
-def compare(ours: Timing, theirs: Timing) -> Ratio:
-    """By how much ``ours`` is faster than ``theirs``; both from the same call of :func:`measure`."""
-    ratios = [theirs_s / ours_s for ours_s, theirs_s in zip(ours.rounds, theirs.rounds, strict=True)]
+def compare(ours: "Timing | Passport", theirs: "Timing | Passport") -> Ratio:
+    """By how much ``ours`` is faster than ``theirs``; both from one call of :func:`measure`.
+
+    Raises:
+        ConfigError: If they did not take turns: what else differed between them is not known.
+    """
+    if ours.session != theirs.session:
+        raise ConfigError("The two were not measured in turns, so that they cannot be compared; measure them together.")
+    pairs = zip(_rounds(ours), _rounds(theirs), strict=True)
+    ratios = [theirs_s / ours_s for ours_s, theirs_s in pairs]
     return Ratio(statistics.median(ratios), *_quartiles(ratios))
+
+
+def _rounds(measured: "Timing | Passport") -> tuple[float, ...]:
+    return measured.rounds if isinstance(measured, Timing) else measured.rounds_ms
 
 
 def _quartiles(values: "list[float] | tuple[float, ...]") -> tuple[float, float]:
@@ -157,9 +172,34 @@ def _turn(call: Callable[[], object], device: torch.device, threads: int, clock:
     if device.type == "cuda":
         return lambda seconds: _cuda_turn(call, seconds)
     statement = "call()" if device.type == "cpu" else "call(); torch.accelerator.synchronize()"
+    with _quietly():
+        from torch.utils.benchmark import Timer
     # The Timer switches garbage collection off, and repeats a call that is too short for the clock.
     timer = Timer(statement, globals={"call": call}, timer=CLOCKS[clock], num_threads=threads)
     return lambda seconds: timer.blocked_autorange(min_run_time=seconds).times
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """``torch.set_num_threads(count)`` for the time of a block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warning that torch's extension builder, which its Timer imports, has for CUDA without a GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _cuda_turn(call: Callable[[], object], at_least: float) -> list[float]:
@@ -258,7 +298,8 @@ class Passport:
     latency_ms_p90: float  # of single calls
     latency_ms_p99: float
     samples_per_s: float  # batch / latency
-    rounds: int
+    rounds_ms: tuple[float, ...]  # of each round, what the median is of
+    session: str  # records of one session were measured in turns: their rounds can be compared one by one
     calls: int
     warmup_calls: int
     settled: bool
@@ -306,7 +347,8 @@ def passport(timing: Timing, *, device: str, batch: int, threads: int | None = N
         latency_ms_p90=1e3 * timing.percentile(90),
         latency_ms_p99=1e3 * timing.percentile(99),
         samples_per_s=batch / timing.median,
-        rounds=len(timing.rounds),
+        rounds_ms=tuple(1e3 * seconds for seconds in timing.rounds),
+        session=timing.session,
         calls=len(timing.times),
         warmup_calls=timing.warmup_calls,
         settled=timing.settled,

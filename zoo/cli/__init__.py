@@ -6,7 +6,7 @@ import sys
 import typer
 
 import zoo
-from zoo.cli import data, doctor, evaluate, finetune, info, listing, predict, weights
+from zoo.cli import bench, data, doctor, evaluate, finetune, info, listing, predict, weights
 from zoo.errors import ZooError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("predict")(predict.predict)
 app.command("train")(finetune.train)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.add_typer(weights.app, name="weights")

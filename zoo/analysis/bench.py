@@ -1,0 +1,260 @@
+"""``zoo bench``: latency, throughput and peak memory of models by name, as speed passports."""
+
+import dataclasses
+import gc
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zoo
+from zoo.analysis.benchmark import Passport, measure, passport, torch_threads, weight_bytes, working_memory
+from zoo.analysis.records import local_records, save_records
+from zoo.config import ImageConfig, ModelConfig, TextConfig
+from zoo.errors import ConfigError, nearest
+from zoo.factory import check_device
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BACKENDS = ("eager", "compile")
+GROUP = 6  # models that take turns: more would have to be in memory at once
+SATURATED = 1.05  # a batch saturates if twice the batch gives less than 5 % more throughput
+SLOW = 2.0  # seconds of one call from which on no larger batch is tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Under which models are measured; the fields of :class:`Passport` that the user chooses."""
+
+    device: str = "cpu"
+    threads: int | None = None  # of torch, as it is set by default
+    precision: str = "fp32"
+    backend: str = "eager"
+    fuse: bool = True  # measure image models as they are used for inference
+    clock: str = "wall"
+    rounds: int = 9
+    tokens: int = 128  # of a language model's input
+
+    def check(self) -> None:
+        """Raise ConfigError for a condition that cannot be met here."""
+        check_device(self.device)
+        for name, choices in (("precision", PRECISIONS), ("backend", BACKENDS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name} is {value!r}; expected {', '.join(choices)}.{nearest(value, choices)}")
+        if self.tokens < 1:
+            raise ConfigError(f"tokens is {self.tokens}; expected at least 1.")
+
+    @property
+    def options(self) -> str:
+        """The conditions as options of ``zoo bench``."""
+        words = ["--device", self.device, "--threads", str(self.threads or torch.get_num_threads())]
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.name in ("device", "threads") or value == spec.default:
+                continue
+            words += ["--no-fuse"] if spec.name == "fuse" else [f"--{spec.name}", str(value)]
+        return shlex.join(words)
+
+
+def example_input(config: ModelConfig, batch: int, *, tokens: int = 128) -> Tensor:
+    """Noise of the shape that a config's model takes: ``[B, C, H, W]`` pictures, or ``[B, T]`` token numbers.
+
+    Raises:
+        ConfigError: If the config is neither an image model's nor a language model's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(config, ImageConfig):
+        return torch.randn(batch, config.in_chans, *config.input_hw, generator=generator)
+    if isinstance(config, TextConfig):
+        return torch.randint(config.vocab_size, (batch, tokens), generator=generator)
+    raise ConfigError(f"{type(config).__name__} is neither an image model's config nor a language model's.")
+
+
+def as_measured(model: Any, conditions: Conditions) -> Any:
+    """The model in the form in which it is measured: in eval mode, fused, on its device, in its precision, compiled."""
+    model = model.eval()
+    if conditions.fuse and hasattr(model, "fuse"):
+        model = model.fuse()
+    model = model.to(conditions.device, PRECISIONS[conditions.precision])
+    return torch.compile(model) if conditions.backend == "compile" else model
+
+
+def bench(
+    models: str | ModelConfig | Sequence[str | ModelConfig],
+    *,
+    batches: Iterable[int] = (1,),
+    conditions: Conditions | None = None,
+    save: bool = True,
+    on_record: Callable[[Passport], object] | None = None,
+) -> list[Passport]:
+    """Measure models by name or config: batch 1, the saturating batch, and others asked for.
+
+    Weights are random, which changes no time. Models take turns in groups of six; records are kept after each group.
+
+    Args:
+        models: Names, wildcards of names, configs.
+        batches: Besides 1 and the saturating one.
+        conditions: By default the CPU in float32, fused, as many threads as torch is set to.
+        save: Whether to keep the records for ``zoo pick`` and ``zoo pareto``.
+        on_record: Called with each record.
+
+    Raises:
+        UnknownModelError: If nothing matches a name.
+        ConfigError: If a condition cannot be met here.
+    """
+    conditions = conditions or Conditions()
+    conditions.check()
+    wanted = sorted({1, *batches})
+    if wanted[0] < 1:
+        raise ConfigError(f"A batch is {wanted[0]}; expected at least 1.")
+    named = resolve(models)
+    records: list[Passport] = []
+    for start in range(0, len(named), GROUP):
+        found = _bench_group(named[start : start + GROUP], wanted, conditions)
+        if save:
+            save_records(found, local_records())
+        records += found
+        if on_record is not None:
+            for record in found:
+                on_record(record)
+        gc.collect()
+    return records
+
+
+def resolve(models: str | ModelConfig | Sequence[str | ModelConfig]) -> list[tuple[str, ModelConfig]]:
+    """(name, config) of each model; a name may be a wildcard, a config goes by its family's name.
+
+    Raises:
+        UnknownModelError: If nothing matches.
+    """
+    named: dict[str, ModelConfig] = {}
+    for entry in [models] if isinstance(models, str | ModelConfig) else models:
+        if isinstance(entry, ModelConfig):
+            from zoo.registry import family_of
+
+            named[f"{family_of(entry).name}({len(named)})"] = entry
+        elif any(sign in entry for sign in "*?["):
+            names = zoo.list_models(entry)
+            if not names:
+                raise zoo.UnknownModelError(
+                    f"No model matches {entry!r}.{nearest(entry.strip('*'), zoo.list_models())}"
+                )
+            named |= {name: zoo.get_config(name) for name in names}
+        else:
+            named[entry] = zoo.get_config(entry)
+    return list(named.items())
+
+
+def _bench_group(
+    named: Sequence[tuple[str, ModelConfig]], batches: Sequence[int], conditions: Conditions
+) -> list[Passport]:
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
+    memory: dict[tuple[str, int], int | None] = {}
+    weights: dict[str, int] = {}
+    saturating: dict[str, int] = {}
+    configs = dict(named)
+    with torch_threads(conditions.threads):
+        for name, config in named:
+            model: Any = zoo.build(config)
+            weights[name] = weight_bytes(model) * PRECISIONS[conditions.precision].itemsize // 4
+            model = as_measured(model, conditions)
+
+            prepare = partial(_prepare, model, config, conditions)
+            saturating[name] = saturating_batch(prepare, conditions.device)
+            for batch in sorted({*batches, saturating[name]}):
+                place = (name, batch)
+                calls[place] = prepare(batch)
+                calls[place]()
+                memory[place] = working_memory(calls[place], conditions.device)
+    labels = {f"{name} @ {batch}": (name, batch) for name, batch in calls}
+    timings = measure(
+        {label: calls[place] for label, place in labels.items()},
+        device=conditions.device,
+        threads=conditions.threads,
+        clock=conditions.clock,
+        rounds=conditions.rounds,
+    )
+    records = []
+    for label, (name, batch) in labels.items():
+        registered = zoo.is_model(name)
+        records.append(
+            passport(
+                timings[label],
+                model=name,
+                config="" if registered else configs[name].to_json(),
+                batch=batch,
+                input=tuple(example_input(configs[name], batch, tokens=conditions.tokens).shape),
+                saturating=batch == saturating[name],
+                device=conditions.device,
+                backend=conditions.backend if not conditions.fuse else f"{conditions.backend}, fused",
+                precision=conditions.precision,
+                memory_format="as fuse() chooses" if conditions.fuse else "contiguous",
+                threads=conditions.threads,
+                clock=conditions.clock,
+                working_memory=memory[name, batch],
+                weight_memory=weights[name],
+                command=f"zoo bench {shlex.quote(name)} --batch {batch} {conditions.options}",
+            )
+        )
+    return records
+
+
+def _prepare(model: Any, config: ModelConfig, conditions: Conditions, batch: int) -> Callable[[], object]:
+    x = example_input(config, batch, tokens=conditions.tokens).to(conditions.device)
+    if x.is_floating_point():
+        x = x.to(PRECISIONS[conditions.precision])
+
+    def call() -> object:
+        with torch.inference_mode():
+            return model(x)
+
+    return call
+
+
+def saturating_batch(
+    prepare: Callable[[int], Callable[[], object]], device: str = "cpu", *, at_most: int = 1024
+) -> int:
+    """The smallest power of two from which on twice the batch gives less than 5 % more throughput, twice in a row.
+
+    Each batch is called three times, and the fastest call counts: this finds a batch, it measures nothing to quote.
+
+    Args:
+        prepare: Makes the call for a batch.
+        device: Where it computes.
+        at_most: No larger batch is tried, nor any after a call of two seconds, or for which memory does not suffice.
+    """
+    rates: dict[int, float] = {}
+    batch = 1
+    while batch <= at_most:
+        try:
+            seconds = _fastest(prepare(batch), device)
+        except (torch.OutOfMemoryError, MemoryError):
+            break
+        rates[batch] = batch / seconds
+        if batch >= 4 and max(rates[batch], rates[batch // 2]) < SATURATED * rates[batch // 4]:
+            break
+        if seconds > SLOW:
+            break
+        batch *= 2
+    best = max(rates.values())
+    return next(batch for batch, rate in rates.items() if SATURATED * rate >= best)
+
+
+def _fastest(call: Callable[[], object], device: str) -> float:
+    best = float("inf")
+    for i in range(4):
+        start = time.perf_counter()
+        call()
+        if torch.device(device).type != "cpu":
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - start
+        if i or seconds > SLOW:  # the first call may allocate, pack or compile
+            best = min(best, seconds)
+        if seconds > SLOW:
+            break
+    return best
