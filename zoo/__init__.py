@@ -3,11 +3,14 @@
 import zoo
 model = zoo.create_model("efficientvit_m5", pretrained=True)
 
-Importing this package loads neither torch nor timm: every public name below is fetched from its module on first use.
+Importing this package loads neither torch, timm nor transformers: every public name below is fetched from its module on
+first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from zoo._transformers import await_transformers
 
 __version__ = "0.1.0"
 
@@ -104,3 +107,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+await_transformers()  # so that its Auto classes know zoo's language models

@@ -140,6 +140,12 @@ def family_of(config: ModelConfig) -> Family:
     raise ConfigError(f"{type(config).__name__} belongs to no registered family; call zoo.register(FAMILY) first.")
 
 
+def config_of(model: "nn.Module") -> ModelConfig:
+    """The config that a model was built from; a language model's ``config`` is transformers' view of it."""
+    config: Any = model.config
+    return config if isinstance(config, ModelConfig) else config.arch()
+
+
 @cache
 def _load_entry_points() -> None:
     for entry in metadata.entry_points(group=ENTRY_POINTS):

@@ -11,17 +11,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from zoo.config import ImageConfig, ModelConfig
+from zoo.config import ImageConfig, ModelConfig, TextConfig
 from zoo.errors import ConfigError
 from zoo.models import MODULES
-from zoo.registry import family_of, get_config, get_family, natural_key
+from zoo.registry import Family, family_of, get_config, get_family, natural_key
 
 INDEX = Path(__file__).parents[1] / "models" / "index.json"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one forward pass of one sample costs."""
+    """What one forward pass of one sample costs; of a language model, one token of a sequence of full length."""
 
     params: int  # learnable
     macs: int  # multiply-accumulates of convolutions, linear layers, matrix products and scans
@@ -40,17 +40,28 @@ def count(config: ModelConfig | str, *, img_size: int | tuple[int, int] | None =
         img_size: Input in pixels, a side or (height, width), in place of the config's own.
 
     Raises:
-        ConfigError: If the config is not an image model's.
+        ConfigError: If the config is neither an image nor a language model's, or ``img_size`` is given for the latter.
     """
     if isinstance(config, str):
         config = get_config(config)
+    if isinstance(config, TextConfig) and img_size is None:
+        return _count_token(config)
     if not isinstance(config, ImageConfig):
-        raise ConfigError(f"{type(config).__name__} is not an image model's config; only those are counted.")
+        raise ConfigError(f"{type(config).__name__} is no image model's config; it has no size in pixels.")
     if img_size is not None:
         config = config.override(img_size=img_size)
     with torch.device("meta"):
         model = family_of(config).model(config)
         return count_forward(model, torch.empty(1, config.in_chans, *config.input_hw))
+
+
+def _count_token(config: TextConfig) -> Counts:
+    """Costs of a token in a sequence of ``max_position_embeddings``, their sum divided by its length."""
+    tokens = config.max_position_embeddings
+    with torch.device("meta"):
+        model = family_of(config).model(config)
+        whole = count_forward(model, torch.empty(1, tokens, dtype=torch.int64))
+    return Counts(whole.params, round(whole.macs / tokens), round(whole.activations / tokens))
 
 
 def count_forward(model: nn.Module, *inputs: Tensor) -> Counts:
@@ -87,22 +98,28 @@ class _OperatorCounter(TorchDispatchMode):
 
 
 def build_index() -> dict[str, dict[str, Any]]:
-    """Every built-in variant with its family, task, size, strides of the feature levels and costs, in natural order."""
+    """Every built-in variant with its family, task, size of input, strides of levels and costs, in natural order."""
     entries = {}
     for name in MODULES:
         family = get_family(name)
         for variant, make_config in family.variants.items():
             config: Any = make_config()
-            with torch.device("meta"):
-                model: Any = family.model(config)
             entries[variant] = {
                 "family": family.name,
                 "task": family.task,
-                "img_size": config.img_size,
-                "reductions": [level["reduction"] for level in model.feature_info],
+                **_input_size(family, config),
                 **asdict(count(config)),
             }
     return {variant: entries[variant] for variant in sorted(entries, key=natural_key)}
+
+
+def _input_size(family: Family, config: Any) -> dict[str, Any]:
+    """How large an input is, and of pictures what the feature levels make of it."""
+    if isinstance(config, TextConfig):
+        return {"seq_len": config.max_position_embeddings}
+    with torch.device("meta"):
+        model: Any = family.model(config)
+    return {"img_size": config.img_size, "reductions": [level["reduction"] for level in model.feature_info]}
 
 
 def index_text() -> str:

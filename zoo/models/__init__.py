@@ -12,5 +12,6 @@ MODULES = {
     "efficientvit": "zoo.models.efficientvit",
     "efficientvmamba": "zoo.models.efficientvmamba",
     "lowformer": "zoo.models.lowformer",
+    "matmulfree": "zoo.models.matmulfree",
     "tinynet": "zoo.models.tinynet",
 }

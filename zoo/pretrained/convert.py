@@ -26,7 +26,7 @@ from zoo.errors import WeightsError, reason
 from zoo.pretrained.files import sha256_of
 from zoo.pretrained.load import check_finite, is_pickle, listed, load_state_dict
 from zoo.pretrained.manifest import get_weights
-from zoo.registry import Family, family_name, get_config, get_family, split_name
+from zoo.registry import Family, config_of, family_name, get_config, get_family, split_name
 
 # Where training scripts keep the state dict; averaged weights, which are the published ones, first.
 WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "module")
@@ -106,7 +106,7 @@ def to_authors(state_dict: Mapping[str, Tensor], name: str, **overrides: Any) ->
             layout.
     """
     family, model = _blueprint(name, overrides)
-    converter = _converter(family, model.config)
+    converter = _converter(family, config_of(model))
     if converter is None:
         raise WeightsError(f"{name}: the {family.name} family has no other layout than zoo's.")
     own = model.state_dict()
@@ -139,7 +139,7 @@ class _Recognised:
 
 def _recognise(state: Mapping[str, Tensor], family: Family, model: nn.Module) -> _Recognised:
     """Find out which layout this is, and bring it into zoo's."""
-    converter = _converter(family, model.config)  # type: ignore[arg-type]
+    converter = _converter(family, config_of(model))
     if converter is not None:
         state = {key: tensor for key, tensor in state.items() if not converter.is_computed(key)}
     if converter is None or converter.is_zoo_layout(state):

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import tomllib
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from zoo.data.pruning import PRUNING, Pruning
 from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason, require
 from zoo.factory import build
 from zoo.pretrained.load import fit_state_dict, load_state_dict
-from zoo.registry import family_of
+from zoo.registry import config_of, family_of
 from zoo.train import report
 from zoo.train.checkpoint import load_checkpoint, save_checkpoint, write
 from zoo.train.device import make_accelerator
@@ -182,7 +181,7 @@ class _Run:
 
     @property
     def config(self) -> ModelConfig:
-        return typing.cast(ModelConfig, self.plain_model.config)
+        return config_of(self.plain_model)
 
     @property
     def epoch_steps(self) -> int:

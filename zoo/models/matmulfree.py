@@ -1,0 +1,263 @@
+"""MatMul-free LM: a language model whose every product is by -1, 0 or 1, and whose memory is a gated recurrence.
+
+Paper: arXiv:2406.02528, "Scalable MatMul-free Language Modeling".
+Original code: github.com/ridgerchu/matmulfreellm @ a016f72 (Apache-2.0); its ``model_type`` is ``hgrn_bit``. Parameter
+names are its own, except ``embeddings``, which is ``embed_tokens`` here.
+
+Differs from it:
+
+- Padding keeps the state, on either side. There it only adds nothing to it, which is right on the left alone.
+- Where ``position_ids`` go back to 0 inside a row, the state starts anew: documents packed into a row stay apart.
+- No short convolutions and no wider states: with the settings of every released model, the original does not run them.
+- Heads only reshape the state there, so that there are none here.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.config import TextConfig
+from zoo.errors import ConfigError
+from zoo.layers import BitLinear
+from zoo.models._causal_lm import CausalLM, Trunk, TrunkCache, TrunkOutput
+from zoo.ops.hgrn_scan import hgrn_scan
+from zoo.registry import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatMulFreeConfig(TextConfig):
+    """The released models' ``config.json``."""
+
+    intermediate_size: int | None = None  # width of the MLP; None: 8/3 of hidden_size, up to a multiple of 256
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP, the default worked out."""
+        return self.intermediate_size or 256 * math.ceil(int(8 * self.hidden_size / 3) / 256)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.intermediate_size is not None:
+            self.check_positive("intermediate_size")
+
+
+class GatedRecurrence(nn.Module):
+    """The token mixer, ``[B, T, D] -> [B, T, D]`` (the paper's Section 3.3, HGRN with ternary weights).
+
+    Each channel of the state forgets by a gate of its own and takes in what the gate has left free.
+    """
+
+    def __init__(self, config: MatMulFreeConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.i_proj = BitLinear(width, width)
+        self.f_proj = BitLinear(width, width)
+        self.g_proj = BitLinear(width, width)
+        self.g_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.o_proj = BitLinear(width, width)
+
+    def reset_parameters(self) -> None:
+        for projection in (self.i_proj, self.f_proj, self.g_proj, self.o_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=2**-2.5)
+
+    def forward(
+        self, x: Tensor, floor: Tensor | None, keep: Tensor | None, restart: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mix the tokens of each row.
+
+        Args:
+            x: ``[B, T, D]``.
+            floor: The least that each channel keeps, ``[D]``; None for 0.
+            keep: Padding, at which the state stays as it is, ``[B, T, 1]`` bool; None when there is none.
+            restart: First tokens of documents, which see nothing before them, likewise.
+            state: Before the first token, ``[B, D]``; None for zero.
+
+        Returns:
+            The output, and the state after the last token, ``[B, D]`` float32.
+        """
+        forget = torch.sigmoid(self.f_proj(x))
+        if floor is not None:
+            forget = floor + (1 - floor) * forget
+        value = F.silu(self.i_proj(x)) * (1 - forget)
+        if restart is not None:
+            forget = forget.masked_fill(restart, 0.0)
+        if keep is not None:
+            forget, value = forget.masked_fill(keep, 1.0), value.masked_fill(keep, 0.0)
+        states, state = hgrn_scan(forget, value, state)
+        return self.o_proj(self.g_norm(self.g_proj(x)) * F.silu(states)), state
+
+
+class GatedMlp(nn.Module):
+    """The channel mixer, ``[..., D] -> [..., D]`` (the paper's Section 3.4)."""
+
+    def __init__(self, config: MatMulFreeConfig) -> None:
+        super().__init__()
+        self.gate_proj = BitLinear(config.hidden_size, 2 * config.mlp_width)  # the gate, then what it lets through
+        self.down_proj = BitLinear(config.mlp_width, config.hidden_size)
+        self.down_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.down_proj.weight, std=self.down_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * value)
+
+
+class MatMulFreeBlock(nn.Module):
+    """Token mixer and channel mixer, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: MatMulFreeConfig) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attn = GatedRecurrence(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = GatedMlp(config)
+
+    def forward(self, x: Tensor, *mixing: Tensor | None) -> tuple[Tensor, Tensor]:
+        mixed, state = self.attn(self.attn_norm(x), *mixing)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class MatMulFreeTrunk(Trunk):
+    """Embeddings, blocks, norm. The cache holds the state of each block, ``[B, D]`` float32, by its number."""
+
+    attributes = {"_no_split_modules": ["MatMulFreeBlock"], "_is_stateful": True}
+
+    def __init__(self, config: MatMulFreeConfig) -> None:
+        super().__init__(config)
+        depth, width = config.num_hidden_layers, config.hidden_size
+        self.lower_bounds = nn.Parameter(torch.zeros(depth, width))
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.layers = nn.ModuleList(MatMulFreeBlock(config) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.lower_bounds)
+
+    def make_head(self) -> nn.Linear:
+        return BitLinear(self.arch.hidden_size, self.arch.vocab_size)
+
+    def floors(self) -> Tensor:
+        """The least share of its state that each channel of each block keeps, ``[L, D]``; more in later blocks."""
+        shares = self.lower_bounds.float().softmax(dim=0)
+        return (shares.cumsum(dim=0) - shares[0]).to(self.lower_bounds.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: TrunkCache | None = None,
+        keep_states: bool = False,
+        **options: Any,
+    ) -> TrunkOutput:
+        tokens = x.shape[1]
+        padding = None if mask is None else ~mask[:, -tokens:, None]
+        restart = None
+        if position_ids is not None and tokens > 1:  # the first token of a call goes on from the cache
+            restart = F.pad(position_ids[:, 1:] == 0, (1, 0)).expand(len(x), -1)[..., None]
+        floors = self.floors()
+        states = {} if cache is None else cache.tensors
+        out = TrunkOutput(x, states=[x] if keep_states else [])
+        for number, block in enumerate(self.layers):
+            floor = floors[number] if number else None
+            x, state = self.run(block, x, floor, padding, restart, states.get(number))
+            if cache is not None:
+                states[number] = state
+            if keep_states:
+                out.states.append(x)
+        out.hidden = self.norm(x)
+        return out
+
+
+def _from_hgrn_bit(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields from those of a released ``config.json``.
+
+    Raises:
+        ConfigError: For a setting that no released model has and the original code does not run.
+    """
+    released = {
+        "hidden_act": ("swish", "silu"),
+        "expand_ratio": (1, None),
+        "hidden_ratio": (4, None),
+        "use_short_conv": (False,),
+        "use_lower_bound": (True,),
+    }
+    for name, known in released.items():
+        if values.get(name, known[0]) not in known:
+            raise ConfigError(f"{name} is {values[name]!r} in this hgrn_bit config; expected {known[0]!r}.")
+    return {}
+
+
+_LM = CausalLM(
+    "MatMulFree",
+    model_type="matmulfree",
+    config=MatMulFreeConfig,
+    trunk=MatMulFreeTrunk,
+    foreign={"hgrn_bit": _from_hgrn_bit},
+    key_mapping={r"^model\.embeddings\.": "model.embed_tokens."},
+    layer_types=lambda config: ["linear_attention"] * config.num_hidden_layers,
+)
+
+FAMILY = Family(
+    "matmulfree",
+    config=MatMulFreeConfig,
+    model=_LM,
+    title="MatMul-free LM",
+    paper="arXiv:2406.02528",
+    code="github.com/ridgerchu/matmulfreellm @ a016f72, mmfreelm",
+    licence="Apache-2.0",
+    task="text-generation",
+)
+
+
+@FAMILY.variant
+def matmulfree_2m() -> MatMulFreeConfig:
+    """1.87 M parameters, on bytes: ours, to be trained on a laptop."""
+    return MatMulFreeConfig(
+        vocab_size=257,
+        hidden_size=192,
+        num_hidden_layers=4,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+
+
+@FAMILY.variant
+def matmulfree_14m() -> MatMulFreeConfig:
+    """14.4 M parameters, on bytes: ours."""
+    return MatMulFreeConfig(
+        vocab_size=257,
+        hidden_size=384,
+        num_hidden_layers=8,
+        max_position_embeddings=1024,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+
+
+@FAMILY.variant
+def matmulfree_370m() -> MatMulFreeConfig:
+    """374 M parameters, trained on 15 B tokens; ridger/MMfreeLM-370M."""
+    return MatMulFreeConfig(hidden_size=1024, num_hidden_layers=24)
+
+
+@FAMILY.variant
+def matmulfree_1_3b() -> MatMulFreeConfig:
+    """1.36 B parameters, trained on 100 B tokens; ridger/MMfreeLM-1.3B."""
+    return MatMulFreeConfig(hidden_size=2048, num_hidden_layers=24)
+
+
+@FAMILY.variant
+def matmulfree_2_7b() -> MatMulFreeConfig:
+    """2.70 B parameters, trained on 100 B tokens; ridger/MMfreeLM-2.7B."""
+    return MatMulFreeConfig(hidden_size=2560, num_hidden_layers=32)
