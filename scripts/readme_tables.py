@@ -7,6 +7,7 @@ Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced. A test 
 
 import re
 from pathlib import Path
+from typing import Any
 
 from zoo.pretrained.manifest import Weights, list_weights
 from zoo.registry import index
@@ -17,7 +18,7 @@ README = Path(__file__).parent.parent / "README.md"
 def models_table() -> str:
     """A row for each variant: costs at its own resolution, published accuracy, weights."""
     rows = ["| model | params (M) | MACs (M) | px | top-1 (%) | weights |", "|---|---:|---:|---:|---:|---|"]
-    for name, entry in index().items():
+    for name, entry in _of_task("image-classification"):
         weights = list_weights(name)
         size = entry["img_size"]
         side = size if isinstance(size, int) else " x ".join(map(str, size))
@@ -27,6 +28,20 @@ def models_table() -> str:
             f"| `{name}` | {entry['params'] / 1e6:.2f} | {entry['macs'] / 1e6:,.1f} | {side} | {top1} | {tags} |"
         )
     return "\n".join(rows)
+
+
+def language_models_table() -> str:
+    """A row for each variant: costs of a token, the length that it is trained at, weights."""
+    rows = ["| model | params (M) | MACs a token (M) | tokens | weights |", "|---|---:|---:|---:|---|"]
+    for name, entry in _of_task("text-generation"):
+        tags = ", ".join(f"`{each.tag}`" for each in list_weights(name)) or "-"
+        costs = f"{entry['params'] / 1e6:,.2f} | {entry['macs'] / 1e6:,.1f}"
+        rows.append(f"| `{name}` | {costs} | {entry['seq_len']:,} | {tags} |")
+    return "\n".join(rows)
+
+
+def _of_task(task: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, entry) for name, entry in index().items() if entry["task"] == task]
 
 
 def weights_table() -> str:
@@ -49,7 +64,11 @@ def _place(entry: Weights) -> str:
 
 def rendered(text: str) -> str:
     """The README with its tables brought up to date."""
-    for name, table in {"models": models_table(), "weights": weights_table()}.items():
+    for name, table in {
+        "models": models_table(),
+        "language-models": language_models_table(),
+        "weights": weights_table(),
+    }.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         assert re.search(pattern, text, re.DOTALL), f"README.md has no <!-- {name} --> section"
         text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
