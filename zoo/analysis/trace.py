@@ -51,6 +51,7 @@ class Operator:
     name: str  # for example "aten::convolution"
     kind: str  # "conv", "depthwise conv", "matmul", "attention", "scan", "norm", "elementwise", ...
     key: str  # name, shapes and settings: two calls of one key take the same time on one machine
+    sizes: tuple[int, ...]  # what else its time depends on: of a convolution channels in and out, width, kernel, stride
     macs: int
     results: int  # elements written by an operator that has MACs, 0 for others: "activations" as fvcore counts them
     weights: int  # elements read of parameters and buffers
@@ -125,6 +126,7 @@ class _Recorder(TorchDispatchMode):
                 name=f"{func.namespace}::{name}",
                 kind=_kind(func, name, macs, args),
                 key=_key(name, args),
+                sizes=_sizes(name, args, macs, written),
                 macs=macs,
                 results=_results(name, args, outs[0]) if macs else 0,
                 weights=weights,
@@ -218,6 +220,14 @@ def _kind(func: Any, name: str, macs: int, args: Any) -> str:
     if name in _KIND_OF:
         return _KIND_OF[name]
     return "scan" if macs else "elementwise" if func.namespace == "aten" else "other"
+
+
+def _sizes(name: str, args: Any, macs: int, written: int) -> tuple[int, ...]:
+    if "convolution" in name:
+        x, weight = args[:2]
+        stride = args[4] if name == "_convolution_pointwise" else args[3]
+        return (x.shape[1], weight.shape[0], x.shape[-1], weight.shape[-1], int(stride[-1]))
+    return (macs // max(1, written),) if macs else ()  # of a matrix product, the length of its sums
 
 
 _SAME = {"_convolution_pointwise": "convolution", "_convolution": "convolution"}

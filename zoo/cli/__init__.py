@@ -6,7 +6,7 @@ import sys
 import typer
 
 import zoo
-from zoo.cli import bench, data, doctor, evaluate, finetune, info, listing, predict, weights
+from zoo.cli import bench, calibrate, data, doctor, evaluate, finetune, info, listing, predict, profile, weights
 from zoo.errors import ZooError
 
 app = typer.Typer(
@@ -22,7 +22,9 @@ app.command("predict")(predict.predict)
 app.command("train")(finetune.train)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
+app.command("profile")(profile.profile)
 app.command("bench")(bench.bench)
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.add_typer(weights.app, name="weights")
