@@ -80,7 +80,7 @@ def test_calibrate_predict_and_read_again(tmp_path: Path) -> None:
     larger = small.override(depths=(2, 3, 4))  # a config that has no name
     assert 0 < predict_latency_ms(small, threads=1) < predict_latency_ms(larger, threads=1)
     next(tmp_path.glob("calibration-*.json")).write_text("{}")
-    with pytest.raises(zoo.DataError, match="is damaged; run `zoo calibrate"):
+    with pytest.raises(zoo.DataError, match="is damaged; remove it and run `zoo calibrate`"):
         load_calibration(threads=1)
 
 

@@ -264,12 +264,21 @@ def load_calibration(device: str = "cpu", threads: int | None = None, clock: str
     """The calibration of this machine.
 
     Raises:
-        DataError: If there is none, or its file is damaged; says which command makes one.
+        DataError: If there is none, or its file is damaged; says what to run.
     """
     path = calibration_path(device, threads, clock)
-    command = f"`zoo calibrate --device {device} --threads {threads or torch.get_num_threads()} --clock {clock}`"
     if not path.is_file():
-        raise DataError(f"This machine is not calibrated for {device}; run {command} first.")
+        command = f"zoo calibrate --device {device} --threads {threads or torch.get_num_threads()} --clock {clock}"
+        raise DataError(f"This machine is not calibrated for {device}; run `{command}` first.")
+    return read_calibration(path)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """The calibration that a file holds.
+
+    Raises:
+        DataError: If it is damaged.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         samples = tuple(
@@ -278,7 +287,14 @@ def load_calibration(device: str = "cpu", threads: int | None = None, clock: str
         )
         return Calibration(**values, samples=samples)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged; run {command} again.") from error
+        raise DataError(f"{path} is damaged; remove it and run `zoo calibrate` again.") from error
+
+
+def find_calibration(device: str = "cpu") -> Calibration | None:
+    """The newest calibration of this machine, whatever its threads and clock; None if there is none."""
+    paths = cache_folder("speed").glob(f"calibration-{machine()['id']}-{device.replace(':', '')}-*.json")
+    newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else read_calibration(newest)
 
 
 def predict_latency_ms(config: ModelConfig | str, *, batch: int = 1, threads: int | None = None) -> float:

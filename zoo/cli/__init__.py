@@ -6,7 +6,21 @@ import sys
 import typer
 
 import zoo
-from zoo.cli import bench, calibrate, data, doctor, evaluate, finetune, info, listing, predict, profile, weights
+from zoo.cli import (
+    bench,
+    calibrate,
+    data,
+    doctor,
+    evaluate,
+    finetune,
+    info,
+    listing,
+    pareto,
+    pick,
+    predict,
+    profile,
+    weights,
+)
 from zoo.errors import ZooError
 
 app = typer.Typer(
@@ -25,6 +39,8 @@ app.command("eval")(evaluate.evaluate)
 app.command("profile")(profile.profile)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
+app.command("pick")(pick.pick)
+app.command("pareto")(pareto.pareto)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.add_typer(weights.app, name="weights")
