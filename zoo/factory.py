@@ -16,6 +16,7 @@ from zoo.pretrained.convert import adapt_layout
 from zoo.pretrained.fetch import fetch
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.pretrained.manifest import Weights, get_weights, list_weights
+from zoo.pretrained.packed import check_codes, expect_packed
 from zoo.pretrained.source import find_weights, is_source, weights_file
 from zoo.registry import family_name, family_of, get_config, get_family, split_name
 
@@ -148,7 +149,10 @@ def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device
     if device.type == "meta":
         raise ConfigError("device is 'meta', which holds no values; expected a real device to load weights.")
     family = get_family(family_name(variant))
+    packed = expect_packed(model, path)
     fit_state_dict(model, adapt_layout(load_state_dict(path, device), family, model), family)
+    if packed:
+        check_codes(model, path)
     if device.type != "cpu":
         model.to(device)  # the buffers that are in no file, which are made on the CPU
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]

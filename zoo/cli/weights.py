@@ -1,11 +1,11 @@
-"""``zoo weights list|download|convert|verify|push|cache``"""
+"""``zoo weights list|download|convert|pack|verify|push|cache``"""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="List, fetch, convert, check and publish weights.", no_args_is_help=True)
+app = typer.Typer(help="List, fetch, convert, pack, check and publish weights.", no_args_is_help=True)
 
 _Names = Annotated[list[str], typer.Argument(help="model.tag, a model, hf-hub:owner/name, a .safetensors file, ...")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -115,6 +115,30 @@ def convert(
     except OSError as error:
         raise WeightsError(f"Cannot write {out}: {error.strerror or error}.") from error
     print(out)
+
+
+@app.command()
+def pack(
+    name: Annotated[
+        str, typer.Argument(help="A model of ternary weights, model.tag, or a place: hf-hub:owner/name, ...")
+    ],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    checkpoint: Annotated[str, typer.Option(help="Weights in a file or place, instead of those of the tag.")] = "",
+) -> None:
+    """Pack ternary weights at two bits each; create_model and `zoo generate` take the file."""
+    from zoo.factory import create_model
+    from zoo.layers import pack_bit_linears
+    from zoo.pretrained.packed import save_packed
+    from zoo.pretrained.source import find_weights, is_source
+
+    model = create_model(name, checkpoint=checkpoint) if checkpoint else create_model(name, pretrained=True)
+    before = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if is_source(name):
+        weights = find_weights(name)
+        name = f"{weights.model}.{weights.tag}" if weights.tag else weights.model
+    save_packed(pack_bit_linears(model), out, name)
+    after = out.stat().st_size
+    print(f"{out}: {after / 1e6:.1f} MB, {before / after:.1f} times less than {before / 1e6:.1f} MB")
 
 
 @app.command()

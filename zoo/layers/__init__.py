@@ -1,7 +1,7 @@
 """Layers that two families or more share. Plain PyTorch: nothing here needs timm."""
 
 from zoo.layers.attention_bias import AttentionBias, resize_bias_table
-from zoo.layers.bit_linear import BitLinear
+from zoo.layers.bit_linear import BitLinear, PackedBitLinear, pack_bit_linears
 from zoo.layers.conv_norm import ConvNorm, NormLinear, fold_norm, fuse_batch_norm, fuse_pairs
 from zoo.layers.drop import DropPath, drop_path_rates
 from zoo.layers.layer_scale import LayerScale, LayerScale2d, fold_layer_scale
@@ -24,6 +24,7 @@ __all__ = [
     "LayerScale2d",
     "Mlp",
     "NormLinear",
+    "PackedBitLinear",
     "PackedConv2d",
     "SqueezeExcite",
     "Stage",
@@ -34,6 +35,7 @@ __all__ = [
     "fuse_batch_norm",
     "fuse_pairs",
     "make_divisible",
+    "pack_bit_linears",
     "pack_convolutions",
     "resize_bias_table",
 ]

@@ -125,7 +125,11 @@ def triton(module: str) -> Candidate:
 
 
 def cpp(
-    module: Any, extension: Extension, reason: Callable[[], str] = lambda: "compiled for this processor"
+    module: Any,
+    extension: Extension,
+    *,
+    float64: bool = True,
+    reason: Callable[[], str] = lambda: "compiled for this processor",
 ) -> Candidate:
     """Functions in ``module`` that call what ``extension`` builds."""
 
@@ -133,4 +137,4 @@ def cpp(
         missing = extension.unavailable()
         return None if missing is None else f"no C++ kernel: {missing}"
 
-    return Candidate("cpu", lambda: module, device="cpu", unavailable=unavailable, reason=reason)
+    return Candidate("cpu", lambda: module, device="cpu", unavailable=unavailable, float64=float64, reason=reason)

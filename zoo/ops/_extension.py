@@ -38,9 +38,10 @@ class Extension:
     implementation takes its place.
     """
 
-    def __init__(self, operator: str, source: Path) -> None:
+    def __init__(self, operator: str, source: Path, *, flags: tuple[str, ...] = ()) -> None:
         self.operator = operator
         self.source = source
+        self.flags = flags  # for the compiler, besides the usual ones
         self._unavailable: str | None = _UNTRIED
 
     def unavailable(self) -> str | None:
@@ -64,15 +65,25 @@ class Extension:
             return 'no ninja: pip install "efficient-zoo[kernels]"'
         from torch.utils import cpp_extension  # slow to import
 
-        flags = ["-O3", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
+        flags = ["-O3", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), []), *self.flags]
         if sys.platform == "linux":
             flags.append(
                 "-fopenmp"
             )  # not for the linker too: the symbols are then found in the OpenMP library of torch
-        version = "\n".join([self.source.read_text(encoding="utf-8"), *flags, torch.__version__])
+        version = "\n".join([self.source.read_text(encoding="utf-8"), *flags, torch.__version__, sys.platform])
         name = f"zoo_{self.operator}_{hashlib.sha256(version.encode()).hexdigest()[:12]}"
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+        folder = Path(root) / name
+        built, whole = folder / f"{name}.so", folder / "whole"  # the latter is there once the former is
         try:
-            cpp_extension.load(name, [str(self.source)], extra_cflags=flags, is_python_module=False)
+            if whole.exists():  # ninja would build it anew for a source at another path
+                torch.ops.load_library(str(built))
+                return None
+            folder.mkdir(parents=True, exist_ok=True)
+            cpp_extension.load(
+                name, [str(self.source)], extra_cflags=flags, build_directory=str(folder), is_python_module=False
+            )
+            whole.touch()
         except Exception as error:  # whatever a compiler, a linker or a read-only cache folder comes up with
             return f"not built: {reason(error)}"
         return None

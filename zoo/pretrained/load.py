@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zoo.errors import WeightsError, reason
+from zoo.layers.bit_linear import PackedBitLinear
 from zoo.layers.init import reset_parameters
 from zoo.pretrained.files import read_header
 from zoo.registry import Family
@@ -110,7 +111,11 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
         WeightsError: If anything else is missing, left over or of another shape; names the keys.
     """
     example = next(model.parameters())
-    state = {name: tensor.to(example.dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    scales = {f"{name}.scale" for name, layer in model.named_modules() if isinstance(layer, PackedBitLinear)}
+    state = {
+        name: tensor.to(example.dtype) if tensor.is_floating_point() and name not in scales else tensor
+        for name, tensor in state.items()
+    }
     _fit_input(model, state, family.first_conv)
     for classifier in family.classifiers:
         _fit_classifier(model, state, classifier)

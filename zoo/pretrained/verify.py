@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from zoo.errors import WeightsError
-from zoo.factory import build
+from zoo.factory import build, create_model
 from zoo.pretrained.convert import convert_state_dict
 from zoo.pretrained.fetch import fetch
 from zoo.pretrained.files import forget_verified
 from zoo.pretrained.load import load_state_dict
 from zoo.pretrained.manifest import Weights
+from zoo.pretrained.packed import is_packed
 
 _TOLERANCE = 2e-5  # of max(1, the standard deviation of the logits)
 
@@ -26,7 +27,11 @@ def verify(weights: Weights) -> list[str]:
         WeightsError: If one of the checks fails, with the reason.
     """
     forget_verified()  # every hash is computed anew
-    state = load_state_dict(fetch(weights))  # which checks the hash, the structure of the file and the values
+    path = fetch(weights)
+    if is_packed(path):  # into a model of its kind, whose loader checks all of it
+        model = create_model(weights.model, checkpoint=path, **weights.config)
+        return [f"{len(model.state_dict())} keys and shapes", "finite values", "ternary codes"]
+    state = load_state_dict(path)  # which checks the hash, the structure of the file and the values
     state = convert_state_dict(state, weights.model, **weights.config)
     checked = [f"{len(state)} keys and shapes", "finite values"]
     if weights.sha256:

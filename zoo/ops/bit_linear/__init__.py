@@ -1,12 +1,43 @@
-"""A linear layer on int8 activations and ternary weights, behind a norm of its own."""
+"""BitLinear: a linear layer on int8 activations and ternary weights, behind a norm of its own.
+
+    reference.py      written for reading, and the layout of packed weights
+    bit_linear.cpp, cpu.py  C++ for CPUs, built at first use: AVX-512 VNNI, AVX-VNNI, AVX2 or portable
+    vectorised.py     PyTorch operators, for everything else and for export to ONNX; the gradients, for all
+    triton_impl.py    Triton, for CUDA GPUs
+
+``ZOO_BIT_LINEAR=ref|cpu|triton|torch`` in the environment forces one; ``zoo doctor`` says which one runs.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.errors import ShapeError
-from zoo.ops.bit_linear.reference import bit_linear_reference
+from zoo.errors import ShapeError, WeightsError
+from zoo.ops._checks import cast, compute_dtype
+from zoo.ops.bit_linear import vectorised
+from zoo.ops.bit_linear._dispatch import choose
+from zoo.ops.bit_linear._op import check, check_packed, linear, packed_linear, run_packed
+from zoo.ops.bit_linear.reference import (
+    bit_linear_reference,
+    pack_ternary,
+    packed_bit_linear_reference,
+    quantise_weight,
+    unpack_ternary,
+)
 
-__all__ = ["bit_linear", "bit_linear_reference"]
+__all__ = [
+    "bit_linear",
+    "bit_linear_reference",
+    "choose",
+    "onnx_decompositions",
+    "pack_ternary",
+    "pack_weight",
+    "packed_bit_linear",
+    "packed_bit_linear_reference",
+    "unpack_ternary",
+]
 
 
 def bit_linear(x: Tensor, weight: Tensor, norm_weight: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -27,14 +58,86 @@ def bit_linear(x: Tensor, weight: Tensor, norm_weight: Tensor, *, eps: float = 1
 
     Returns:
         ``[..., Cout]`` in the dtype of ``x``; the arithmetic is in float32 (float64 where ``x`` is), and the product of
-        integers exact.
+        integers exact. There are no second derivatives.
 
     Raises:
         ShapeError: If shapes or devices disagree or a tensor is not real and floating-point.
+        ConfigError: If ``ZOO_BIT_LINEAR`` asks for what does not exist or cannot run on this device.
 
     Source: MatMul-free LM, arXiv:2406.02528, Section 3.2 and Algorithm 1.
     """
-    if x.shape[-1:] != weight.shape[1:]:
-        raise ShapeError(f"x has shape {list(x.shape)}; expected [..., {weight.shape[-1]}].")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return bit_linear_reference(x.to(dtype), weight.to(dtype), norm_weight.to(dtype), eps).to(x.dtype)
+    route = _route()
+    if route == "op":
+        return linear(x, weight, norm_weight, eps)
+    check(x, weight, norm_weight)
+    form = bit_linear_reference if route == "ref" else vectorised.forward
+    x_, weight, norm_weight = cast(compute_dtype(x), x, weight, norm_weight)
+    return form(x_, weight, norm_weight, eps).to(x.dtype)
+
+
+def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A full-precision weight, ``[Cout, Cin]``, as :func:`packed_bit_linear` takes it: two bits for each, and a scale.
+
+    Raises:
+        ShapeError: If it is not a real matrix.
+        WeightsError: If there is NaN or infinity in it.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ShapeError(f"weight is {weight.dtype} of shape {list(weight.shape)}; expected a real [Cout, Cin].")
+    if not weight.isfinite().all():
+        raise WeightsError("The weight is not finite: there is NaN or infinity in it.")
+    ternary, scale = quantise_weight(weight.detach().to(compute_dtype(weight)))
+    return pack_ternary(ternary), scale.float()
+
+
+def packed_bit_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, norm_weight: Tensor, *, out_features: int, eps: float = 1e-6
+) -> Tensor:
+    """:func:`bit_linear` with weights at two bits each, which are never expanded to a whole matrix. For inference.
+
+    Args:
+        x: Input, ``[..., Cin]``.
+        packed: Weights, ``[R, Cin]`` uint8 with R = Cout / 4, rounded up: see :func:`pack_ternary`.
+        scale: What a weight of 1 is worth, one number, float32.
+        norm_weight: Weight of the norm, ``[Cin]``.
+        out_features: Cout.
+        eps: Of the norm.
+
+    Returns:
+        ``[..., Cout]`` in the dtype of ``x``. The product of int8 and ternary numbers is exact in int32. There are no
+        gradients.
+
+    Raises:
+        ShapeError: If shapes, dtypes or devices disagree.
+        ConfigError: If ``ZOO_BIT_LINEAR`` asks for what does not exist or cannot run on this device.
+    """
+    route = _route()
+    if route == "op":
+        check_packed(x, packed, scale, norm_weight, out_features)
+        if _is_plain_inference(x):
+            return run_packed(x, packed, scale, norm_weight, out_features, eps)
+        return packed_linear(x, packed, scale, norm_weight, out_features, eps)
+    check_packed(x, packed, scale, norm_weight, out_features)
+    form = packed_bit_linear_reference if route == "ref" else vectorised.packed_forward
+    x_, norm_weight = cast(compute_dtype(x), x, norm_weight)
+    return form(x_, packed, scale, norm_weight, out_features, eps).to(x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _route() -> str:
+    return choose.route()
+
+
+def _is_plain_inference(x: Tensor) -> bool:
+    """Whether nothing looks on: an operator's call takes longer than a small product."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
+        return False
+    return type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+
+
+def onnx_decompositions() -> dict[Any, Callable[..., Any]]:
+    """As :func:`zoo.ops.selective_scan.onnx_decompositions`, for these operators."""
+    return {
+        torch.ops.zoo.bit_linear.default: vectorised.forward,
+        torch.ops.zoo.packed_bit_linear.default: vectorised.packed_forward,
+    }

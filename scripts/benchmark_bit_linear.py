@@ -1,0 +1,215 @@
+"""Packed BitLinear against torch's linear layers, the gated recurrence against a loop over steps, and training memory.
+
+    python scripts/benchmark_bit_linear.py [--threads 2] [--rounds 7] [--only products scan memory]
+
+Products are those of the released MatMul-free LMs' MLPs. What is compared is interleaved, so that all of it sees the
+same machine; the figures are medians of the rounds, with the distance between the quartiles in percent. A layer is
+either called again and again, so that its weights stay in cache, or in turn with copies of itself that are together
+larger than any cache, as in a model. The bandwidth is that of adding up 512 MB with the same threads; the share of it
+is what the packed bytes over the time come to.
+
+Memory is a fresh process's peak above what it held before, in a training step of one layer: forward, backward, and the
+gradients that they leave. Unfused is the same layer written in PyTorch's operators, as the reference is.
+
+Tables are printed as Markdown. Rows for a GPU say "not measured".
+"""
+
+import argparse
+import itertools
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _timing import in_turns, seconds_a_call, spread
+
+from zoo.ops import hgrn_scan, packed_bit_linear
+from zoo.ops.bit_linear import bit_linear_reference, choose, pack_weight
+from zoo.ops.bit_linear._op import linear
+from zoo.ops.hgrn_scan import hgrn_scan_reference
+
+SHAPES = ((1024, 2816), (2048, 5632), (2560, 6912))
+BATCHES = (1, 32, 512)
+BEYOND_CACHES = 128 * 2**20  # bytes
+LENGTH, WIDTH = 2048, 1024
+MEMORY_SHAPES = ((1024, 1024), (5632, 1024), (1024, 2816))  # [Cout, Cin] in the 370M model
+MEMORY_TOKENS = (2048, 8192)
+
+
+def row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def header(*cells: str) -> None:
+    print()
+    row(*cells)
+    row(*["---"] * len(cells))
+
+
+def show(seconds: list[float]) -> str:
+    return f"{1e6 * median(seconds):.4g} us ({spread(seconds):.0f} %)"
+
+
+def measured(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round; a quick call is repeated within its turn."""
+    return in_turns(rounds, {k: partial(seconds_a_call, f, time.perf_counter, at_least=0.03) for k, f in calls.items()})
+
+
+def bandwidth(rounds: int) -> float:
+    """Bytes a second that all threads read from memory."""
+    block = torch.ones(2**27)
+    return 4 * block.numel() / min(measured({"": block.sum}, rounds)[""])
+
+
+def copies(tensor: torch.Tensor, cached: bool) -> Callable[[], torch.Tensor]:
+    """The tensor, or in turn copies of it that no cache holds."""
+    count = 1 if cached else -(-BEYOND_CACHES // tensor.nbytes)
+    return partial(next, itertools.cycle([tensor, *(tensor.clone() for _ in range(count - 1))]))
+
+
+def benchmark_products(rounds: int) -> None:
+    speed = bandwidth(rounds)
+    print(f"Reading memory: {speed / 1e9:.1f} GB/s")
+    header("out x in, batch", "weights", "packed", "float32", "bfloat16", "x float32", "x bfloat16", "GB/s", "share")
+    for (rows, columns), batch in itertools.product(SHAPES, BATCHES):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, columns, generator=generator)
+        weight = 0.02 * torch.randn(rows, columns, generator=generator)
+        packed, scale = pack_weight(weight)
+        norm_weight = torch.ones(columns)
+        for cached in (True, False) if batch == 1 else (True,):
+            half, half_weight = x.bfloat16(), copies(weight.bfloat16(), cached)
+            full_weight, packed_weight = copies(weight, cached), copies(packed, cached)
+
+            def run_packed(
+                x: Any = x, get: Any = packed_weight, scale: Any = scale, norm: Any = norm_weight, rows: int = rows
+            ) -> Any:
+                return packed_bit_linear(x, get(), scale, norm, out_features=rows)
+
+            times = measured(
+                {
+                    "packed": run_packed,
+                    "float32": lambda x=x, get=full_weight: F.linear(x, get()),
+                    "bfloat16": lambda x=half, get=half_weight: F.linear(x, get()),
+                },
+                rounds if batch < 100 else 3,
+            )
+            seconds = {name: median(turns) for name, turns in times.items()}
+            rate = packed.nbytes / seconds["packed"]
+            row(
+                f"{rows} x {columns}, {batch}",
+                "again and again" if cached else "from memory",
+                *(show(turns) for turns in times.values()),
+                *(f"{seconds[name] / seconds['packed']:.1f}" for name in ("float32", "bfloat16")),
+                *((f"{rate / 1e9:.1f}", f"{rate / speed:.0%}") if batch == 1 else ("", "")),
+            )
+
+
+def benchmark_scan(rounds: int) -> None:
+    header(f"hgrn_scan, T = {LENGTH}, d = {WIDTH}", "step loop", "zoo.ops.hgrn_scan", "x", "2T / T")
+
+    def make(scan: Callable[..., Any], length: int, backward: bool) -> Callable[[], Any]:
+        generator = torch.Generator().manual_seed(0)
+        f = torch.rand(1, length, WIDTH, generator=generator).requires_grad_(backward)
+        v = torch.randn(1, length, WIDTH, generator=generator).requires_grad_(backward)
+        grad = torch.randn(1, length, WIDTH, generator=generator)
+
+        def call() -> Any:
+            with torch.set_grad_enabled(backward):
+                states, _ = scan(f, v)
+                return torch.autograd.grad(states, (f, v), grad) if backward else states
+
+        return call
+
+    for backward in (False, True):
+        calls = {
+            "loop": make(hgrn_scan_reference, LENGTH, backward),
+            "zoo": make(hgrn_scan, LENGTH, backward),
+            "twice": make(hgrn_scan, 2 * LENGTH, backward),
+        }
+        times = measured(calls, rounds)
+        loop, ours, twice = (median(times[name]) for name in calls)
+        name = "forward + backward" if backward else "forward"
+        row(name, show(times["loop"]), show(times["zoo"]), f"{loop / ours:.1f}", f"{twice / ours:.2f}")
+
+
+def benchmark_memory() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        print("\nTraining memory: not measured (needs Linux)")
+        return
+    header("training memory, out x in, tokens", "unfused", "fused", "less by", "kept for backward: unfused", "fused")
+    for (rows, columns), tokens in itertools.product(MEMORY_SHAPES, MEMORY_TOKENS):
+        found = {}
+        for form in ("unfused", "fused"):
+            command = [sys.executable, __file__, "--peak", form, str(rows), str(columns), str(tokens)]
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            found[form] = [int(each) for each in done.stdout.split()[-2:]]
+        (peak, kept), (fused_peak, fused_kept) = found["unfused"], found["fused"]
+        cells = [f"{each / 1e6:.0f} MB" for each in (peak, fused_peak, kept, fused_kept)]
+        row(f"{rows} x {columns}, {tokens}", *cells[:2], f"{1 - fused_peak / peak:.0%}", *cells[2:])
+
+
+def print_peak(form: str, rows: int, columns: int, tokens: int) -> None:
+    """Print by how many bytes a training step raises this process's peak, and how many the forward pass leaves."""
+
+    def step(rows: int, columns: int, tokens: int) -> int:
+        x = torch.randn(tokens, columns).requires_grad_()
+        weight, norm = (0.02 * torch.randn(rows, columns)).requires_grad_(), torch.ones(columns).requires_grad_()
+        grad = torch.randn(tokens, rows)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is held
+        out = (bit_linear_reference if form == "unfused" else linear)(x, weight, norm, 1e-6)
+        kept = _status("VmRSS") - before
+        out.backward(grad)
+        print(_status("VmHWM") - before, kept)
+        return before
+
+    step(64, 64, 64)
+    step(rows, columns, tokens)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=["products", "scan", "memory"])
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        form, *sizes = options.peak
+        print_peak(form, *map(int, sizes))
+        return
+    parts = options.only or ["products", "scan", "memory"]
+    chosen = choose(torch.device("cpu"))
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    print(
+        f"{options.threads} threads, wall time; load average before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores"
+    )
+    print(f"bit_linear: {chosen.name}: {chosen.reason}")
+    with torch.no_grad():
+        if "products" in parts:
+            benchmark_products(options.rounds)
+        if "scan" in parts:
+            benchmark_scan(options.rounds)
+    if "memory" in parts:
+        benchmark_memory()
+    print("\nTriton on a GPU: not measured")
+
+
+if __name__ == "__main__":
+    main()

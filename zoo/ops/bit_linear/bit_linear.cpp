@@ -1,0 +1,398 @@
+// BitLinear on CPUs: the norm and int8 quantisation of activations, and their product with packed ternary weights.
+//
+// Four weights a byte, codes 0, 1 and 2 for -1, 0 and 1, as packing.py lays them out: byte k of packed row r holds the
+// codes of the matrix's rows r, r + R, r + 2R and r + 3R at column k, lowest bits first. So one load of packed bytes
+// gives four vectors of weights by masks and one shift, and all four meet the same vector of activations. The unsigned
+// operand of the processor's 8-bit dot products are the codes, the signed one the activations; the sum of the activations, which
+// is subtracted at the end, turns codes into weights. The codes of the second and fourth row are not shifted down: their
+// sums are four times what they should be, and are shifted when they are complete. Everything is exact in int32.
+//
+// For a batch, a block of packed rows that fits the second cache meets all tokens, a few at a time, before the next one.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__x86_64__) && !defined(ZOO_PORTABLE)
+#define ZOO_X86 1
+#include <immintrin.h>
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define ZOO_AVX_VNNI 1
+#endif
+#endif
+
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kAlign = 64;             // activations of a token are padded with zeros to a multiple of this
+constexpr int64_t kBlockBytes = 96 * 1024;  // of packed weights that all tokens meet in turn
+constexpr int kMaxTokens = 4;
+
+int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlign; }
+
+// Sums of one packed row times `tokens` tokens: sums[token][i] is sum(code of row i times activation).
+using RowKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride,
+                           int32_t (*sums)[4]);
+
+struct Kernels {
+  const char* name;
+  int tokens;                  // at most, at once
+  RowKernel rows[kMaxTokens];  // for 1, 2, ... tokens
+};
+
+template <int kTokens>
+void rows_portable(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
+  for (int token = 0; token < kTokens; ++token) {
+    const int8_t* a = codes + token * stride;
+    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    for (int64_t k = 0; k < columns; ++k) {
+      const int32_t w = packed[k], x = a[k];
+      s0 += (w & 3) * x;
+      s1 += ((w >> 2) & 3) * x;
+      s2 += ((w >> 4) & 3) * x;
+      s3 += (w >> 6) * x;
+    }
+    sums[token][0] = s0, sums[token][1] = s1, sums[token][2] = s2, sums[token][3] = s3;
+  }
+}
+
+constexpr Kernels kPortable{"portable C++", 1, {rows_portable<1>}};
+
+#if ZOO_X86
+
+// The four sums of four vectors, those of the second and fourth divided by four.
+__attribute__((target("avx2"))) inline void store_sums(__m256i s0, __m256i s1, __m256i s2, __m256i s3, int32_t* sums) {
+  const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(s0, s1), _mm256_hadd_epi32(s2, s3));
+  const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), _mm_srav_epi32(total, _mm_setr_epi32(0, 2, 0, 2)));
+}
+
+// Pairs of products add up in int16. One pair is at least 2 * 8 * -128, so that 16 of them just fit.
+constexpr int64_t kPairs = 16;
+
+template <int kTokens>
+__attribute__((target("avx2"))) void rows_avx2(const uint8_t* packed, int64_t columns, const int8_t* codes,
+                                               int64_t stride, int32_t (*sums)[4]) {
+  const __m256i low = _mm256_set1_epi8(0x03), high = _mm256_set1_epi8(0x0c), ones = _mm256_set1_epi16(1);
+  __m256i total[kTokens][4];
+  for (int token = 0; token < kTokens; ++token)
+    for (int i = 0; i < 4; ++i) total[token][i] = _mm256_setzero_si256();
+  const int64_t blocks = columns / 32, tail = columns % 32;
+  alignas(32) uint8_t rest[32] = {};
+  if (tail) std::memcpy(rest, packed + blocks * 32, tail);
+  for (int64_t first = 0; first < blocks + (tail != 0); first += kPairs) {
+    __m256i sum[kTokens][4];
+    for (int token = 0; token < kTokens; ++token)
+      for (int i = 0; i < 4; ++i) sum[token][i] = _mm256_setzero_si256();
+    const auto add = [&](const uint8_t* bytes, int64_t block) __attribute__((target("avx2"), always_inline)) {
+      const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+      const __m256i v = _mm256_srli_epi16(w, 4);
+      const __m256i c[4] = {_mm256_and_si256(w, low), _mm256_and_si256(w, high), _mm256_and_si256(v, low),
+                            _mm256_and_si256(v, high)};
+      for (int token = 0; token < kTokens; ++token) {
+        const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + token * stride + block * 32));
+        for (int i = 0; i < 4; ++i) sum[token][i] = _mm256_add_epi16(sum[token][i], _mm256_maddubs_epi16(c[i], a));
+      }
+    };
+    const int64_t last = std::min(first + kPairs, blocks);
+    for (int64_t block = first; block < last; ++block) add(packed + block * 32, block);
+    if (tail && first + kPairs > blocks) add(rest, blocks);
+    for (int token = 0; token < kTokens; ++token)
+      for (int i = 0; i < 4; ++i)
+        total[token][i] = _mm256_add_epi32(total[token][i], _mm256_madd_epi16(sum[token][i], ones));
+  }
+  for (int token = 0; token < kTokens; ++token)
+    store_sums(total[token][0], total[token][1], total[token][2], total[token][3], sums[token]);
+}
+
+constexpr Kernels kAvx2{"AVX2", 2, {rows_avx2<1>, rows_avx2<2>}};
+
+// The processor's own 8-bit dot products, which add four products into int32 at a time.
+
+#if ZOO_AVX_VNNI
+template <int kTokens>
+__attribute__((target("avx2,avxvnni"))) void rows_avx_vnni(const uint8_t* packed, int64_t columns, const int8_t* codes,
+                                                           int64_t stride, int32_t (*sums)[4]) {
+  const __m256i low = _mm256_set1_epi8(0x03), high = _mm256_set1_epi8(0x0c);
+  __m256i sum[kTokens][4];
+  for (int token = 0; token < kTokens; ++token)
+    for (int i = 0; i < 4; ++i) sum[token][i] = _mm256_setzero_si256();
+  for (int64_t k = 0; k < columns; k += 32) {
+    alignas(32) uint8_t rest[32] = {};
+    const uint8_t* bytes = packed + k;
+    if (columns - k < 32) bytes = static_cast<const uint8_t*>(std::memcpy(rest, bytes, columns - k));
+    const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    const __m256i v = _mm256_srli_epi16(w, 4);
+    const __m256i c[4] = {_mm256_and_si256(w, low), _mm256_and_si256(w, high), _mm256_and_si256(v, low),
+                          _mm256_and_si256(v, high)};
+    for (int token = 0; token < kTokens; ++token) {
+      const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + token * stride + k));
+      for (int i = 0; i < 4; ++i) sum[token][i] = _mm256_dpbusd_avx_epi32(sum[token][i], c[i], a);
+    }
+  }
+  for (int token = 0; token < kTokens; ++token)
+    store_sums(sum[token][0], sum[token][1], sum[token][2], sum[token][3], sums[token]);
+}
+
+constexpr Kernels kAvxVnni{"AVX-VNNI", 2, {rows_avx_vnni<1>, rows_avx_vnni<2>}};
+#endif
+
+template <int kTokens>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512_vnni(
+    const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
+  const __m512i low = _mm512_set1_epi8(0x03), high = _mm512_set1_epi8(0x0c);
+  __m512i sum[kTokens][4];
+  for (int token = 0; token < kTokens; ++token)
+    for (int i = 0; i < 4; ++i) sum[token][i] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < columns; k += 64) {
+    const __mmask64 inside = columns - k < 64 ? (uint64_t{1} << (columns - k)) - 1 : ~uint64_t{0};
+    const __m512i w = _mm512_maskz_loadu_epi8(inside, packed + k);
+    const __m512i v = _mm512_srli_epi16(w, 4);
+    const __m512i c[4] = {_mm512_and_si512(w, low), _mm512_and_si512(w, high), _mm512_and_si512(v, low),
+                          _mm512_and_si512(v, high)};
+    for (int token = 0; token < kTokens; ++token) {
+      const __m512i a = _mm512_load_si512(codes + token * stride + k);
+      for (int i = 0; i < 4; ++i) sum[token][i] = _mm512_dpbusd_epi32(sum[token][i], c[i], a);
+    }
+  }
+  for (int token = 0; token < kTokens; ++token)
+    for (int i = 0; i < 4; ++i) sums[token][i] = _mm512_reduce_add_epi32(sum[token][i]) >> (i % 2 ? 2 : 0);
+}
+
+constexpr Kernels kAvx512Vnni{
+    "AVX-512 VNNI", 4, {rows_avx512_vnni<1>, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>}};
+
+#endif
+
+// Those that this processor can run, best first.
+std::vector<const Kernels*> find_kernels() {
+  std::vector<const Kernels*> found;
+#if ZOO_X86
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(&kAvx512Vnni);
+#if ZOO_AVX_VNNI
+  if (__builtin_cpu_supports("avxvnni") && __builtin_cpu_supports("avx2")) found.push_back(&kAvxVnni);
+#endif
+  if (__builtin_cpu_supports("avx2")) found.push_back(&kAvx2);
+#endif
+  found.push_back(&kPortable);
+  return found;
+}
+
+const std::vector<const Kernels*>& all_kernels() {
+  static const std::vector<const Kernels*> found = find_kernels();
+  return found;
+}
+
+const Kernels& kernels(int64_t choice) {
+  TORCH_CHECK(choice >= 0 && choice < int64_t(all_kernels().size()), "this processor has no kernels ", choice);
+  return *all_kernels()[choice];
+}
+
+// The product of `tokens` tokens (codes with their row's stride) and packed weights; write(token, row, sum of code times
+// activation) gets each element.
+template <typename Write>
+void multiply(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int64_t rows, int64_t columns,
+              const int8_t* codes, int64_t stride, int64_t tokens, const Write& write) {
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(columns, 1), 4, 64);
+  // One thread for what takes less time than waking another
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns * tokens, 1));
+  at::parallel_for(0, packed_rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t last = std::min(first + block, end);
+      for (int64_t token = 0; token < tokens; token += k.tokens) {
+        const int count = int(std::min<int64_t>(k.tokens, tokens - token));
+        const RowKernel kernel = k.rows[count - 1];
+        for (int64_t r = first; r < last; ++r) {
+          int32_t sums[kMaxTokens][4];
+          kernel(packed + r * columns, columns, codes + token * stride, stride, sums);
+          for (int t = 0; t < count; ++t)
+            for (int i = 0; i < 4; ++i)
+              if (r + i * packed_rows < rows) write(token + t, r + i * packed_rows, sums[t][i]);
+        }
+      }
+    }
+  });
+}
+
+// Activations of tokens in int8.
+struct Quantised {
+  std::vector<int8_t> storage;
+  int8_t* codes;            // [tokens, stride], aligned, zeros after each token's columns
+  int64_t stride;
+  std::vector<float> step;   // what 1 is worth
+  std::vector<int32_t> sum;  // of the codes
+
+  Quantised(int64_t tokens, int64_t columns)
+      : storage(tokens * padded(columns) + kAlign), stride(padded(columns)), step(tokens), sum(tokens) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.data());
+    codes = storage.data() + (padded(address) - address);
+  }
+};
+
+constexpr int kLanes = 16;
+constexpr float kJustBelowHalf = 0.49999997f;
+
+// As reference.py, up to the order of the sum of squares. `y` has room for a token.
+void quantise_token(const float* x, const float* weight, float eps, int64_t columns, float* y, int8_t* codes, float* step,
+                    int32_t* sum) {
+  float squares[kLanes] = {}, largest[kLanes] = {};
+  int32_t bad[kLanes] = {};
+  const int64_t whole = columns / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) squares[lane] += x[k + lane] * x[k + lane];
+  for (int64_t k = whole; k < columns; ++k) squares[k - whole] += x[k] * x[k];
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += squares[lane];
+  const float inverse = 1.0f / std::sqrt(total / float(columns) + eps);
+  const auto normalise = [&](int64_t k, int lane) {
+    const float value = x[k] * inverse * weight[k];
+    const float size = std::fabs(value);
+    y[k] = value;
+    largest[lane] = size > largest[lane] ? size : largest[lane];
+    bad[lane] |= size != size;
+  };
+  for (int64_t k = 0; k < whole; k += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) normalise(k + lane, lane);
+  for (int64_t k = whole; k < columns; ++k) normalise(k, int(k - whole));
+  float most = 1e-5f;
+  bool is_bad = false;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    most = std::max(most, largest[lane]);
+    is_bad |= bad[lane] != 0;
+  }
+  if (is_bad || std::isinf(most)) {  // NaN comes out
+    std::memset(codes, 0, columns);
+    *step = std::nanf("");
+    *sum = 0;
+    return;
+  }
+  const float scale = 127.0f / most;
+  for (int64_t k = 0; k < columns; ++k) {
+    const float scaled = y[k] * scale;
+    const int32_t code = int32_t(scaled + std::copysign(kJustBelowHalf, scaled));
+    codes[k] = int8_t(std::min(std::max(code, -128), 127));
+  }
+  int32_t codes_sum = 0;
+  for (int64_t k = 0; k < columns; ++k) codes_sum += codes[k];
+  *step = most / 127.0f;
+  *sum = codes_sum;
+}
+
+// Where x is contiguous, [..., columns] float32.
+Quantised quantise(const Tensor& x, const Tensor& norm_weight, double eps) {
+  const int64_t columns = norm_weight.numel(), tokens = columns ? x.numel() / columns : 0;
+  Quantised q(tokens, columns);
+  const float *data = x.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
+  at::parallel_for(0, tokens, std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<float> y(columns);
+    for (int64_t t = begin; t < end; ++t)
+      quantise_token(data + t * columns, weight, float(eps), columns, y.data(), q.codes + t * q.stride, &q.step[t],
+                     &q.sum[t]);
+  });
+  return q;
+}
+
+// x [..., columns] float32, norm_weight [columns], packed [R, columns] uint8; scale [] float32: what a weight of 1 is worth.
+Tensor packed_bit_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& norm_weight,
+                         int64_t rows, double eps, int64_t choice) {
+  const Kernels& k = kernels(choice);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = rows;
+  Tensor out = at::empty(shape, x.options());
+  if (out.numel() == 0) return out;
+  const Quantised q = quantise(x, norm_weight, eps);
+  const float unit = *scale.const_data_ptr<float>();
+  float* target = out.data_ptr<float>();
+  multiply(k, packed.const_data_ptr<uint8_t>(), packed.size(0), rows, packed.size(1), q.codes, q.stride,
+           int64_t(q.step.size()), [&](int64_t token, int64_t row, int32_t sum) {
+             target[token * rows + row] = float(sum - q.sum[token]) * (q.step[token] * unit);
+           });
+  return out;
+}
+
+// The same in two steps: codes [..., columns] int8 and what 1 is worth [..., 1]; their exact product, int32.
+std::tuple<Tensor, Tensor> quantise_activations(const Tensor& x, const Tensor& norm_weight, double eps) {
+  const Quantised q = quantise(x, norm_weight, eps);
+  std::vector<int64_t> shape = x.sizes().vec();
+  Tensor codes = at::empty(shape, x.options().dtype(at::kChar));
+  shape.back() = 1;
+  Tensor step = at::empty(shape, x.options());
+  const int64_t columns = norm_weight.numel();
+  for (size_t t = 0; t < q.step.size(); ++t)
+    std::memcpy(codes.data_ptr<int8_t>() + t * columns, q.codes + t * q.stride, columns);
+  std::copy(q.step.begin(), q.step.end(), step.data_ptr<float>());
+  return {codes, step};
+}
+
+Tensor packed_product(const Tensor& codes, const Tensor& packed, int64_t rows, int64_t choice) {
+  const int64_t columns = packed.size(1), tokens = columns ? codes.numel() / columns : 0;
+  std::vector<int64_t> shape = codes.sizes().vec();
+  shape.back() = rows;
+  Tensor out = at::empty(shape, codes.options().dtype(at::kInt));
+  Quantised q(tokens, columns);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int8_t* source = codes.const_data_ptr<int8_t>() + t * columns;
+    std::memcpy(q.codes + t * q.stride, source, columns);
+    for (int64_t k = 0; k < columns; ++k) q.sum[t] += source[k];
+  }
+  int32_t* target = out.data_ptr<int32_t>();
+  multiply(kernels(choice), packed.const_data_ptr<uint8_t>(), packed.size(0), rows, columns, q.codes, q.stride, tokens,
+           [&](int64_t token, int64_t row, int32_t sum) { target[token * rows + row] = sum - q.sum[token]; });
+  return out;
+}
+
+// weight [rows, columns] float32, contiguous, to packed [R, columns]; rounds halves to even, as torch does.
+Tensor pack(const Tensor& weight, const Tensor& scale) {
+  const int64_t rows = weight.size(0), columns = weight.size(1), packed_rows = (rows + 3) / 4;
+  Tensor packed = at::empty({packed_rows, columns}, weight.options().dtype(at::kByte));
+  const float inverse = 1.0f / *scale.const_data_ptr<float>();
+  const float* source = weight.const_data_ptr<float>();
+  uint8_t* target = packed.data_ptr<uint8_t>();
+  at::parallel_for(0, packed_rows, std::max<int64_t>(1, 4096 / std::max<int64_t>(columns, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      uint8_t* out = target + r * columns;
+      std::memset(out, 0, columns);
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = r + i * packed_rows;
+        if (row >= rows) break;
+        const float* w = source + row * columns;
+        for (int64_t k = 0; k < columns; ++k) {  // |w / scale| > 0.5 becomes 1: one half itself goes to 0, which is even
+          const float value = w[k] * inverse;
+          const int code = 1 + (value > 0.5f) - (value < -0.5f);
+          out[k] |= uint8_t(code << (2 * i));
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+std::vector<std::string> kernel_names() {
+  std::vector<std::string> names;
+  for (const Kernels* k : all_kernels()) names.emplace_back(k->name);
+  return names;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(zoo_cpu, library) {
+  library.def(
+      "packed_bit_linear(Tensor x, Tensor packed, Tensor scale, Tensor norm_weight, int rows, float eps, int kernels=0) "
+      "-> Tensor",
+      &packed_bit_linear);
+  library.def("quantise_activations(Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor)", &quantise_activations);
+  library.def("packed_product(Tensor codes, Tensor packed, int rows, int kernels=0) -> Tensor", &packed_product);
+  library.def("pack_ternary(Tensor weight, Tensor scale) -> Tensor", &pack);
+  library.def("bit_linear_kernels() -> str[]", &kernel_names);
+}
