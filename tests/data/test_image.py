@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from zoo.data import image
 from zoo.data.image import Box, EvalTransform, Normalise, decode_crop, decode_image, read_image
 from zoo.errors import DataError
 from zoo.preprocessing import Preprocessing
@@ -177,6 +178,28 @@ def test_a_crop_is_the_pictures_part(mode: str, box: Box, shrink: int) -> None:
     whole = decode_image(data, "here").crop((box.left, box.top, box.left + box.width, box.top + box.height))
     expected = np.asarray(whole.resize((part.shape[2], part.shape[1]), Image.Resampling.BOX), dtype=int)
     assert np.abs(part.permute(1, 2, 0).numpy() - expected).max() <= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30, "optimize": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_quick_decoder_gives_pillows_pixels(mode: str, options: dict) -> None:
+    data = encode(noise(75, 49).convert(mode), "JPEG", **options)
+    pixels = image._decode_jpeg(data)
+    assert pixels is not None
+    np.testing.assert_array_equal(pixels, decoded(data))
+
+
+def test_without_the_quick_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    box = lambda height, width: Box(3, 5, 30, 40)  # noqa: E731
+    quick = decode_crop(JPEG, "here", box, (32, 32))
+    monkeypatch.setattr(image, "_jpeg_decoder", lambda: None)
+    torch.testing.assert_close(decode_crop(JPEG, "here", box, (32, 32)), quick, rtol=0, atol=0)
+
+
+def test_pillow_judges_what_the_quick_decoder_refuses() -> None:
+    unusual = JPEG[:-20] + b"\0" * 18 + JPEG[-2:]
+    assert image._decode_jpeg(unusual) is None
+    assert decode_crop(unusual, "here", lambda height, width: Box(0, 0, height, width), (48, 64)).shape == (3, 48, 64)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
