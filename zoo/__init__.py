@@ -41,6 +41,7 @@ _PUBLIC = {
     "get_weights": "zoo.pretrained.manifest",
     "list_weights": "zoo.pretrained.manifest",
     "load_recipe": "zoo.train.recipe",
+    "scale": "zoo.scaling",
 }
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         list_models,
         register,
     )
+    from zoo.scaling import scale
     from zoo.train.recipe import load_recipe
 
 __all__ = [
@@ -96,6 +98,7 @@ __all__ = [
     "list_weights",
     "load_recipe",
     "register",
+    "scale",
 ]
 
 

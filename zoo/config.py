@@ -1,6 +1,7 @@
 """Model configs: frozen dataclasses that hold the numbers of a paper's table, nothing callable. Imports no torch."""
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -15,7 +16,7 @@ from zoo.errors import ConfigError, nearest
 class Axis:
     """What scaling needs to know of a config field: which dimension it is, and what its values must be multiples of."""
 
-    dimension: str  # "depth", "width" or "resolution"
+    dimension: str  # "depth", "width", "resolution", "group" (channels in a group) or "vocabulary"
     multiple_of: int = 1
 
 
@@ -23,11 +24,16 @@ def axis(dimension: str, default: Any, *, multiple_of: int = 1) -> Any:
     """A dataclass field that scaling rules may change.
 
     Args:
-        dimension: ``"depth"``, ``"width"`` or ``"resolution"``.
+        dimension: ``"depth"``, ``"width"``, ``"resolution"``, ``"group"`` (channels in a group) or ``"vocabulary"``.
         default: The field's default value.
         multiple_of: What a scaled value is rounded to a multiple of.
     """
     return field(default=default, metadata={"axis": Axis(dimension, multiple_of)})
+
+
+def scale_part(part: int, whole: int, new_whole: int) -> int:
+    """How many of ``new_whole`` blocks are of a kind of which there were ``part`` in ``whole``: none stays none."""
+    return min(new_whole, max(min(1, part), round(part * new_whole / whole)))
 
 
 def _freeze(value: Any) -> Any:
@@ -53,6 +59,11 @@ def _conforms(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
+@functools.cache
+def _type_hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _show(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
 
@@ -68,7 +79,7 @@ class ModelConfig:
     """
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _type_hints(type(self))
         for spec in fields(self):
             value = _freeze(getattr(self, spec.name))
             if not _conforms(value, hints[spec.name]):
@@ -110,6 +121,21 @@ class ModelConfig:
             if name not in names:
                 raise ConfigError(f"{type(self).__name__} has no field {name!r}.{nearest(name, names)}")
         return dataclasses.replace(self, **changes)
+
+    def granularity(self, name: str, index: int) -> int:
+        """What entry ``index`` of a field with an axis must be a multiple of; families where more divides it say so."""
+        return next(spec.metadata["axis"].multiple_of for spec in fields(self) if spec.name == name)
+
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Scaled fields, and with them the new values of fields that depend on them; families that have such extend it.
+
+        ``self`` is the config before scaling; ``changes`` holds the fields that a rule has scaled and rounded.
+        """
+        return changes
+
+    def scaling_origin(self) -> Self:
+        """The network that a rule of this family's own scales, where it is another; else the config itself."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values by field name, tuples as tuples."""
@@ -181,7 +207,7 @@ class ImageConfig(ModelConfig):
 class TextConfig(ModelConfig):
     """The fields that every language model has, by transformers' names."""
 
-    vocab_size: int = 32_000
+    vocab_size: int = axis("vocabulary", 32_000, multiple_of=64)
     hidden_size: int = axis("width", 1024, multiple_of=64)
     num_hidden_layers: int = axis("depth", 24)  # blocks that a token passes on its way, shared weights or not
     max_position_embeddings: int = 2048  # tokens; the length that the model was trained at

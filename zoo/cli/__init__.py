@@ -19,6 +19,7 @@ from zoo.cli import (
     pick,
     predict,
     profile,
+    scale,
     weights,
 )
 from zoo.errors import ZooError
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("list")(listing.list_models)
 app.command("info")(info.info)
 app.command("predict")(predict.predict)
+app.command("scale")(scale.scale)
 app.command("train")(finetune.train)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)

@@ -10,11 +10,12 @@ Differs from the original: any input size, square or not, where the original ref
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.config import ImageConfig, axis
+from zoo.config import ImageConfig, axis, scale_part
 from zoo.errors import ConfigError
 from zoo.layers import (
     DropPath,
@@ -61,6 +62,11 @@ class EfficientFormerConfig(ImageConfig):
                 raise ConfigError(
                     f"attention_depths[{i}] is {attention}; the stage has {depth} blocks: expected 0 to {depth}."
                 )
+
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """As large a part of a stage's blocks is 3D as before."""
+        counts = zip(self.attention_depths, self.depths, changes.get("depths", self.depths), strict=True)
+        return super().fit(changes) | {"attention_depths": tuple(scale_part(*each) for each in counts)}
 
 
 class Stem(nn.Sequential):

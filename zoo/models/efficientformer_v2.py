@@ -9,11 +9,12 @@ for; where the stride of attention does not divide a map, what is upsampled is c
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.config import ImageConfig, axis
+from zoo.config import ImageConfig, axis, scale_part
 from zoo.errors import ConfigError
 from zoo.layers import ConvNorm, DropPath, LayerScale2d, Stage, drop_path_rates, fold_layer_scale
 from zoo.layers.conv_norm import scale_and_shift
@@ -53,6 +54,16 @@ class EfficientFormerV2Config(ImageConfig):
                 raise ConfigError(f"mlp_ratios[{i}] is {ratios}; expected {depth} positive numbers, one per block.")
             if not 0 <= self.attention_depths[i] <= depth:
                 raise ConfigError(f"attention_depths[{i}] is {self.attention_depths[i]}; expected 0 to {depth}.")
+
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """As large a part of a stage's blocks has attention as before; each takes the ratio of one in its place."""
+        depths = changes.get("depths", self.depths)
+        counts = zip(self.attention_depths, self.depths, depths, strict=True)
+        ratios = zip(self.mlp_ratios, depths, strict=True)
+        return super().fit(changes) | {
+            "attention_depths": tuple(scale_part(*each) for each in counts),
+            "mlp_ratios": tuple(tuple(old[i * len(old) // depth] for i in range(depth)) for old, depth in ratios),
+        }
 
 
 class Stem(nn.Sequential):

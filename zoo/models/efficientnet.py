@@ -20,6 +20,7 @@ from zoo.errors import ConfigError
 from zoo.layers import DropPath, drop_path_rates, fuse_pairs, make_divisible
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
+from zoo.scaling.axes import EFFICIENTNET, Factors, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,13 +248,7 @@ FAMILY = Family(
 def compound(*, width: float, depth: float, img_size: int) -> EfficientNetConfig:
     """B0 scaled as the original code scales it: every width to the nearest multiple of 8, every depth rounded up."""
     base = EfficientNetConfig()
-    return base.override(
-        stem_width=make_divisible(base.stem_width * width),
-        widths=tuple(make_divisible(each * width) for each in base.widths),
-        head_width=make_divisible(base.head_width * width),
-        depths=tuple(math.ceil(each * depth) for each in base.depths),
-        img_size=img_size,
-    )
+    return resize(base, Factors(depth, width), EFFICIENTNET).override(img_size=img_size)
 
 
 @FAMILY.variant

@@ -9,6 +9,7 @@ Differs from the original: any input size, square or not; a model also runs at s
 for, where windows are zero-padded as the original pads maps that its window does not divide.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,11 @@ class EfficientViTConfig(ImageConfig):
                 raise ConfigError(f"num_heads[{i}] is {heads}, but kernel_sizes has {len(self.kernel_sizes)} entries.")
         if any(size % 2 == 0 for size in self.kernel_sizes):
             raise ConfigError(f"kernel_sizes is {self.kernel_sizes}; expected odd sizes.")
+
+    def granularity(self, name: str, index: int) -> int:
+        """Heads divide the width of their stage."""
+        multiple = super().granularity(name, index)
+        return math.lcm(multiple, self.num_heads[index]) if name == "widths" else multiple
 
 
 class Residual(nn.Module):

@@ -58,6 +58,14 @@ class LowFormerConfig(ImageConfig):
                 f"num_conv_stages is {self.num_conv_stages}; expected 0 to {len(self.widths)}, the number of stages."
             )
 
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """A stage's convolutions stay fused or depthwise, as they were: their kind is no matter of scale."""
+        widths = changes.get("widths", self.widths)
+        depthwise = [new for old, new in zip(self.widths, widths, strict=True) if old >= self.fused_below]
+        fused = [new for old, new in zip(self.widths, widths, strict=True) if old < self.fused_below]
+        fused_below = min(depthwise) if depthwise else max(self.fused_below, 1 + max(fused))
+        return super().fit(changes) | {"fused_below": fused_below}
+
 
 class ConvLayer(nn.Sequential):
     """Convolution, batch norm, Hardswish: ``[B, Cin, H, W] -> [B, Cout, H', W']``. The last two can be left out."""

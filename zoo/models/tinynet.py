@@ -10,14 +10,19 @@ Differs from the original: as EfficientNet here does.
 
 from dataclasses import dataclass
 
-from zoo.layers import make_divisible
-from zoo.models.efficientnet import EfficientNet, EfficientNetConfig, efficientnet_b0
+from zoo.models.efficientnet import EfficientNet, EfficientNetConfig
 from zoo.registry import Family
+from zoo.scaling.axes import TINYNET, Factors, resize
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyNetConfig(EfficientNetConfig):
     """An EfficientNet's numbers; :func:`twisted` makes those of the paper's Table 2."""
+
+    def scaling_origin(self) -> "TinyNetConfig":
+        """EfficientNet-B0, with this network's input channels, classes and rates."""
+        own = ("in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate")
+        return TinyNetConfig(**{name: getattr(self, name) for name in own})
 
 
 FAMILY = Family(
@@ -40,16 +45,7 @@ def twisted(r: float, d: float, w: float) -> TinyNetConfig:
     nearest, at least 1; widths go to the nearest multiple of 8 that is no more than 10 % below; stem and last
     convolution keep their widths, which only a ``w`` above 1 would change, and that only in the last one.
     """
-    base = efficientnet_b0().to_dict()
-    return TinyNetConfig(
-        **base
-        | {
-            "img_size": int(base["img_size"] * r),
-            "depths": tuple(max(1, round(depth * d)) for depth in base["depths"]),
-            "widths": tuple(make_divisible(width * w) for width in base["widths"]),
-            "head_width": max(base["head_width"], make_divisible(base["head_width"] * w)),
-        }
-    )
+    return resize(TinyNetConfig(), Factors(d, w, r), TINYNET)
 
 
 @FAMILY.variant

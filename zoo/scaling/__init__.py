@@ -1,0 +1,20 @@
+"""Scaling: a model of the zoo made larger or smaller by a rule from the literature, towards a budget."""
+
+from zoo.scaling.axes import Factors, Rounding, resize
+from zoo.scaling.rules import RULES, Rule, get_rule, rules_for
+from zoo.scaling.solver import Fit, ScalingWarning, counts_of, fit, scale
+
+__all__ = [
+    "RULES",
+    "Factors",
+    "Fit",
+    "Rounding",
+    "Rule",
+    "ScalingWarning",
+    "counts_of",
+    "fit",
+    "get_rule",
+    "resize",
+    "rules_for",
+    "scale",
+]
