@@ -60,7 +60,7 @@ def _conforms(value: Any, annotation: Any) -> bool:
 
 
 @functools.cache
-def _type_hints(kind: type) -> dict[str, Any]:
+def _type_hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

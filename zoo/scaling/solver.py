@@ -167,7 +167,7 @@ def fit(
         "activations": activations,
         "latency_ms": latency_ms,
     }
-    asked = {name: value for name, value in targets.items() if value is not None}
+    asked: dict[str, Any] = {name: value for name, value in targets.items() if value is not None}
     own = {"depth": depth, "width": width, "resolution": resolution}
     multipliers = {name: value for name, value in own.items() if value is not None}
     _check_options(found_rule, options, [*targets, *own])
@@ -206,7 +206,7 @@ def counts_of(config: ModelConfig) -> Counts:
 
 
 @lru_cache
-def _of_variants(kind: type[ModelConfig]) -> dict[ModelConfig, Counts]:
+def _of_variants(kind: Any) -> dict[ModelConfig, Counts]:
     """What the index says of the variants of a family."""
     known = {}
     for name, entry in index().items():
