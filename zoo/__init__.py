@@ -37,6 +37,8 @@ _PUBLIC = {
     "register": "zoo.registry",
     "build": "zoo.factory",
     "create_model": "zoo.factory",
+    "load_optimized": "zoo.deploy.artefact",
+    "optimize": "zoo.deploy.optimize",
     "convert_state_dict": "zoo.pretrained.convert",
     "get_weights": "zoo.pretrained.manifest",
     "list_weights": "zoo.pretrained.manifest",
@@ -46,6 +48,8 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from zoo.config import ImageConfig, ModelConfig, TextConfig, axis
+    from zoo.deploy.artefact import load_optimized
+    from zoo.deploy.optimize import optimize
     from zoo.errors import (
         ConfigError,
         DataError,
@@ -96,7 +100,9 @@ __all__ = [
     "is_model",
     "list_models",
     "list_weights",
+    "load_optimized",
     "load_recipe",
+    "optimize",
     "register",
     "scale",
 ]

@@ -43,6 +43,12 @@ class MissingExtraError(ZooError, ImportError):
     """An optional package is missing; the message names the extra that brings it."""
 
 
+class ExportError(ZooError):
+    """A model that cannot be exported or optimised as asked, or a file of either that cannot be used here."""
+
+    exit_code = 1  # the command was right, the model or the machine does not allow it
+
+
 class TrainingError(ZooError):
     """Training cannot go on: the loss is not finite, or a checkpoint cannot be written."""
 

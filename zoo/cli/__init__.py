@@ -15,6 +15,7 @@ from zoo.cli import (
     finetune,
     info,
     listing,
+    optimize,
     pareto,
     pick,
     predict,
@@ -43,6 +44,7 @@ app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
 app.command("pick")(pick.pick)
 app.command("pareto")(pareto.pareto)
+app.command("optimize")(optimize.optimize)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.add_typer(weights.app, name="weights")

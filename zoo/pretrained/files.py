@@ -5,6 +5,7 @@ What comes from the Hub is in huggingface_hub's cache. Beside it, in ``$HF_HOME/
     downloads/<sha256>/<file>         fetched from a URL
     converted/<model.tag>.safetensors   converted from the authors' file
     verified/<sha256>                 which file was last found to have this hash
+    built/<sha256>                    machine code of an optimised model that was built here
 """
 
 import hashlib

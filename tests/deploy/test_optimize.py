@@ -1,0 +1,359 @@
+"""zoo.optimize, what it says, what it saves, and what it survives."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import zoo
+from zoo.deploy import forms
+from zoo.deploy.engines import register_engine
+from zoo.deploy.forms import Form, register_form
+from zoo.deploy.program import copy_for_inference
+from zoo.errors import ConfigError, ExportError, ShapeError
+
+SIZES = {"depths": (1, 1, 1), "widths": (16, 24, 32), "num_heads": (2, 2, 2), "img_size": 64, "num_classes": 7}
+PATIENT = 900.0  # seconds: no test fails since the machine is busy
+
+
+class Convs(nn.Module):
+    """Quick to export and to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3))
+        self.head = nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def model(randomise: Callable) -> nn.Module:
+    return randomise(Convs()).train()
+
+
+@pytest.fixture(scope="module")
+def vit(randomise: Callable) -> nn.Module:
+    return randomise(zoo.create_model("efficientvit_m0", **SIZES))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    return torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+def search(model: nn.Module, *args: Any, **options: Any) -> Any:
+    return zoo.optimize(model, *args, **{"time_limit": PATIENT, "rounds": 3, "threads": 1, **options})
+
+
+@pytest.fixture(scope="module")
+def fast(model: nn.Module, pictures: Tensor) -> Any:
+    engines = ["eager", "channels-last", "onnxruntime", "openvino"]
+    return search(model, pictures[:1], precision="int8", tolerance=0.5, pictures=pictures, engines=engines)
+
+
+def eval_of(model: nn.Module, x: Tensor) -> Tensor:
+    training = model.training
+    with torch.inference_mode():
+        y = model.eval()(x)
+    model.train(training)
+    return y
+
+
+def test_every_engine_and_precision_answers_the_same(fast: Any, model: nn.Module, pictures: Tensor) -> None:
+    rows = {(row.engine, row.precision): row for row in fast.report.rows}
+    measured = {key for key, row in rows.items() if row.latency_ms is not None}
+    fp32 = {(name, "fp32") for name in ("eager", "channels-last", "onnxruntime", "openvino")}
+    assert measured == fp32 | {("onnxruntime", "int8"), ("openvino", "int8")}, str(fast.report)
+    assert all(rows[key].error < 1e-5 for key in fp32)
+    assert all(1e-4 < rows[key].error < 0.5 for key in measured - fp32)
+    assert all(rows[key].agreement == 1.0 for key in fp32)
+    assert rows["eager", "int8"].status == "skipped"
+    x = pictures[3:4]
+    tolerance = {"fp32": 1e-4, "int8": 0.5}[fast.report.chosen.precision]
+    assert (fast(x) - eval_of(model, x)).norm() <= tolerance * eval_of(model, x).norm()
+
+
+def test_the_report_explains_the_choice(fast: Any) -> None:
+    chosen = fast.report.chosen
+    text = str(fast.report)
+    assert "times as fast as the model as it was given" in text or chosen.engine == "eager"
+    assert "Checked on 16 pictures." in text
+    assert min(row.latency_ms for row in fast.report.rows if row.latency_ms is not None) == chosen.latency_ms
+    json.dumps(fast.report.to_dict())
+
+
+def test_the_model_stays_as_it_is(fast: Any, model: nn.Module) -> None:
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_other_inputs_are_refused(fast: Any, pictures: Tensor) -> None:
+    with pytest.raises(ShapeError, match=r"\[2, 3, 64, 64\] float32; this was optimised for \[1, 3, 64, 64\] float32"):
+        fast(pictures[:2])
+    with pytest.raises(ShapeError, match="float64"):
+        fast(pictures[:1].double())
+    with pytest.raises(ShapeError, match="optimised for"):
+        fast(pictures[:1], pictures[:1])
+
+
+def check_saved_and_loaded(engine: str, model: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
+    saved = search(model, pictures[:2], engines=[engine])
+    assert saved.report.chosen.engine == engine
+    saved.save(tmp_path / "fast")
+    saved.save(tmp_path / "fast")  # over itself
+    loaded = zoo.load_optimized(tmp_path / "fast")
+    assert torch.equal(loaded(pictures[:2]), saved(pictures[:2]))
+    assert (loaded(pictures[2:4]) - eval_of(model, pictures[2:4])).abs().max() < 1e-4
+    assert str(loaded.report) == str(saved.report)
+    loaded.save(tmp_path / "again")
+    assert torch.equal(zoo.load_optimized(tmp_path / "again")(pictures[:2]), saved(pictures[:2]))
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or not file.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04")), "a pickle"
+    assert not list(tmp_path.glob(".*")), "something was left behind"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_are_saved_and_loaded(engine: str, model: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
+    check_saved_and_loaded(engine, model, pictures, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["eager", "fused", "channels-last"])
+def test_forms_are_saved_and_loaded(form: str, vit: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
+    check_saved_and_loaded(form, vit, pictures, tmp_path)
+
+
+class Two(nn.Module):
+    """Two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(x.relu()), x.mean(1)
+
+
+@pytest.mark.slow
+def test_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Two().eval(), torch.randn(2, 8)
+    compiled = search(model, x, engines=["inductor"])
+    assert compiled.report.chosen.engine == "inductor", str(compiled.report)
+    expected = model(x)
+    assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(compiled(x), expected, strict=True))
+    path = compiled.save(tmp_path / "compiled")
+    loaded = zoo.load_optimized(path)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded(x), compiled(x), strict=True))
+    # Machine code from elsewhere does not run, even if its manifest says that it is from here.
+    monkeypatch.setattr("zoo.deploy.artefact._trusted", lambda files: False)
+    with pytest.raises(ExportError, match="machine code that was not built here"):
+        zoo.load_optimized(path)
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x - 1
+
+
+def test_control_flow_that_depends_on_values() -> None:
+    fast = search(Branches(), torch.ones(1, 4))
+    assert fast.report.chosen.engine == "eager"
+    assert torch.equal(fast(-torch.ones(1, 4)), -2 * torch.ones(1, 4))
+    notes = {row.engine: row.note for row in fast.report.rows}
+    assert "its control flow depends on the values" in notes["onnxruntime"], notes
+    assert "its control flow depends on the values" in notes["inductor"], notes
+    with pytest.raises(ExportError, match="is saved as tensors for a model of the zoo"):
+        fast.save("nowhere")
+
+
+@pytest.mark.parametrize(
+    "example, options, error, message",
+    [
+        (torch.zeros(3, 64, 64), {}, ShapeError, r"expected \[batch, 3, 64, 64\] float32"),
+        (torch.zeros(1, 4, 64, 64), {}, ShapeError, r"example is \[1, 4, 64, 64\] float32"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), {}, ShapeError, "uint8"),
+        (torch.zeros(1, 3, 64, 64).double(), {}, ShapeError, "expected torch.float32"),
+        ([1.0], {}, ShapeError, "has a float"),
+        (None, {"target": "npu"}, ConfigError, "Device 'npu' cannot be used here"),
+        (None, {"precision": "fp23"}, ConfigError, "Did you mean: fp32"),
+        (None, {"engines": ["onnxruntim"]}, ConfigError, "Did you mean: onnxruntime"),
+        (None, {"pictures": torch.zeros(4, 3, 32, 32)}, ShapeError, r"pictures are \[N, 3, 32, 32\]"),
+    ],
+)
+def test_bad_input(vit: nn.Module, example: Any, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        search(vit, example, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_models_that_cannot_be_optimised() -> None:
+    x = torch.ones(1, 4)
+    with pytest.raises(ConfigError, match="example is None"):
+        search(nn.Linear(4, 2))
+    with pytest.raises(ShapeError, match="does not take the example"):
+        search(nn.Linear(3, 2), x)
+    with pytest.raises(ExportError, match="answers differently each time"):
+        search(type("Noise", (nn.Module,), {"forward": lambda self, x: x + torch.rand_like(x)})(), x)
+    with pytest.raises(ExportError, match="returns dict"):
+        search(type("Dict", (nn.Module,), {"forward": lambda self, x: {"x": x}})(), x)
+    with pytest.raises(ExportError, match="not finite"):
+        search(type("Nan", (nn.Module,), {"forward": lambda self, x: x / 0})(), x)
+
+
+HOSTILE = """
+import os, time, torch
+from zoo.deploy.engines import Engine
+
+class Hostile(Engine):
+    package = "torch"
+    def load(self, folder, job):
+        return lambda x: [x * 0]
+
+class Aborts(Hostile):
+    def build(self, source, folder, job): os.abort()
+
+class Hangs(Hostile):
+    def build(self, source, folder, job): time.sleep(3600)
+
+class Raises(Hostile):
+    def build(self, source, folder, job): raise RuntimeError("no kernel\\nfor this")
+
+class Lies(Hostile):
+    def build(self, source, folder, job): pass
+
+class Absent(Hostile):
+    package = "no_such_package"
+"""
+
+
+def test_engines_that_fail_never_fail_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile_engines.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("zoo.deploy.engines._ENGINES", {})
+    for name in ("Aborts", "Raises", "Lies", "Absent"):
+        register_engine(name, f"hostile_engines:{name}")
+    linear = nn.Linear(4, 4)
+    fast = search(linear, torch.ones(1, 4))
+    rows = {row.engine: row for row in fast.report.rows}
+    assert fast.report.chosen.engine == "eager"
+    assert (rows["Aborts"].status, rows["Aborts"].note) == ("failed", "its process crashed (SIGABRT)")
+    assert (rows["Raises"].status, rows["Raises"].note) == ("failed", "RuntimeError: no kernel")
+    assert (rows["Lies"].status, rows["Lies"].note) == ("wrong", "differs by more than 0.0001")
+    assert (rows["Absent"].status, rows["Absent"].note) == ("skipped", "no_such_package is not installed")
+    monkeypatch.setattr("zoo.deploy.engines._ENGINES", {})
+    register_engine("Hangs", "hostile_engines:Hangs")
+    fast = search(linear, torch.ones(1, 4), time_limit=3.0)
+    assert fast.report.chosen.engine == "eager"
+    assert "Hangs" in str(fast.report)
+    assert fast.report.facts["search_s"] < 120
+
+
+def test_a_form_of_ones_own(vit: nn.Module, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.deploy.forms._FORMS", dict(forms._FORMS))
+    register_form(Form("mine", copy_for_inference))
+    fast = search(vit, pictures[:1], engines=["mine"])
+    assert fast.report.chosen.engine == "mine"
+
+
+@pytest.fixture(scope="module")
+def artefact(model: nn.Module, pictures: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return search(model, pictures[:1], engines=["onnxruntime"]).save(tmp_path_factory.mktemp("artefact") / "onnx")
+
+
+def edited(artefact: Path, tmp_path: Path, **changes: Any) -> Path:
+    import shutil
+
+    path = tmp_path / "edited"
+    shutil.copytree(artefact, path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.update(changes)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_an_artefact_of_another_version_or_machine(
+    artefact: Path, tmp_path: Path, pictures: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = json.loads((artefact / "manifest.json").read_text())
+    versions = {**manifest["versions"], "onnxruntime": "0.9"}
+    path = edited(artefact, tmp_path, versions=versions, machine={"id": "other", "cpu": "6502"})
+    loaded = zoo.load_optimized(path)
+    assert "onnxruntime 0.9 (here 1." in caplog.text
+    assert "the machine 6502" in caplog.text
+    assert torch.equal(loaded(pictures[:1]), zoo.load_optimized(artefact)(pictures[:1]))
+
+
+def test_an_artefact_that_answers_otherwise_is_refused(artefact: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from zoo.pretrained.files import sha256_of
+
+    path = edited(artefact, tmp_path)
+    check = load_file(path / "check.safetensors")
+    save_file({**check, "output.0": check["output.0"] + 1}, path / "check.safetensors")
+    with pytest.raises(ExportError, match="is not what was saved: its hash differs"):
+        zoo.load_optimized(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["check.safetensors"] = sha256_of(path / "check.safetensors")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match="no longer answers as when it was saved"):
+        zoo.load_optimized(path)
+
+
+def test_what_is_no_artefact(artefact: Path, tmp_path: Path, model: nn.Module, pictures: Tensor, fast: Any) -> None:
+    with pytest.raises(ExportError, match="has format 99, of another version of zoo"):
+        zoo.load_optimized(edited(artefact, tmp_path, format=99))
+    (tmp_path / "edited" / "manifest.json").write_text("{")
+    with pytest.raises(ExportError, match="is damaged"):
+        zoo.load_optimized(tmp_path / "edited")
+    with pytest.raises(ExportError, match=r"has no manifest\.json"):
+        zoo.load_optimized(tmp_path)
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(ExportError, match="exists and is not an optimised model"):
+        fast.save(tmp_path)
+    with pytest.raises(ExportError, match="exists and is not an optimised model"):
+        fast.save(tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "precious"
+    path = edited(artefact, tmp_path / "whole")
+    (path / "model.onnx").unlink()
+    with pytest.raises(ExportError, match=r"model\.onnx is missing"):
+        zoo.load_optimized(path)
+
+
+def test_built_again_elsewhere(vit: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
+    saved = search(vit, pictures[:1], engines=["fused"])
+    path = edited(saved.save(tmp_path / "here"), tmp_path, machine={"id": "other", "cpu": "6502"})
+    again = zoo.load_optimized(path, rebuild=True)
+    assert again.report.chosen.engine == "fused"
+    assert (again(pictures[:1]) - saved(pictures[:1])).abs().max() < 1e-5
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], pictures: Tensor) -> None:
+    from zoo.cli import app
+
+    arguments = ["optimize", "efficientvit_m0.zoo_cifar10", "--engines", "eager,onnxruntime", "--time-limit", "900"]
+    app([*arguments, "--precision", "fp32", "--out", str(tmp_path / "m0"), "--threads", "1"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "onnxruntime" in shown
+    assert "zoo.load_optimized(" in shown
+    loaded = zoo.load_optimized(tmp_path / "m0")
+    model = zoo.create_model("efficientvit_m0.zoo_cifar10", pretrained=True).eval()
+    with torch.inference_mode():
+        assert (loaded(pictures[:1]) - model(pictures[:1])).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(model: nn.Module) -> None:
+    fast = search(model, target="cuda", precision="fp16")
+    rows = {(row.engine, row.precision): row for row in fast.report.rows}
+    assert rows["cuda-graph", "fp16"].latency_ms is not None, str(fast.report)
+    x = torch.randn(1, 3, 64, 64)
+    assert (fast(x.cuda()).cpu() - eval_of(model, x)).norm() <= 1e-2 * eval_of(model, x).norm()

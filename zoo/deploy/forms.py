@@ -1,0 +1,128 @@
+"""Ways of running the module itself, without another runtime: as it is, fused, channels-last, as a CUDA graph.
+
+A form makes a module out of a copy of the model. Another part of zoo, or another package, adds its own with
+:func:`register_form`: a form that packs ternary weights, for example.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.deploy.engines import refuses_precision
+from zoo.deploy.program import DTYPES, InDtype, copy_for_inference, fused
+from zoo.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of running a module.
+
+    Attributes:
+        name: What it is called.
+        make: From the model to a module of its own in eval mode; the model must stay as it is.
+        unsuited: Why it makes no sense for a model on a target; empty when it does.
+    """
+
+    name: str
+    make: Callable[[nn.Module], nn.Module]
+    unsuited: Callable[[nn.Module, str], str] = lambda model, target: ""
+
+
+class ChannelsLast(nn.Module):
+    """A model whose weights and inputs are channels-last in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.model(*(x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))
+
+
+class CudaGraph(nn.Module):
+    """A model whose kernels are recorded at its first call and replayed as one afterwards; for one shape of input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._graph: Any = None
+        self._inputs: list[Tensor] = []
+        self._output: Any = None
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if self._graph is None:
+            self._record(inputs)
+        for held, given in zip(self._inputs, inputs, strict=True):
+            held.copy_(given)
+        self._graph.replay()
+        if isinstance(self._output, Tensor):
+            return self._output.clone()  # the next replay writes over it
+        return type(self._output)(each.clone() for each in self._output)
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = [x.clone() for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries choose their kernels and get their memory before the recording
+                self.model(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = self.model(*self._inputs)
+
+
+def _without_convolutions(model: nn.Module, target: str) -> str:
+    has = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return "" if has else "the model has no convolutions"
+
+
+def _without_fuse(model: nn.Module, target: str) -> str:
+    return "" if hasattr(model, "fuse") else "the model offers no fuse()"
+
+
+def _off_cuda(model: nn.Module, target: str) -> str:
+    return "" if target.startswith("cuda") else "needs a CUDA GPU"
+
+
+_FORMS = {
+    form.name: form
+    for form in (
+        Form("eager", copy_for_inference),
+        Form("fused", fused, _without_fuse),
+        Form("channels-last", lambda model: ChannelsLast(fused(model)), _without_convolutions),
+        Form("cuda-graph", lambda model: CudaGraph(fused(model)), _off_cuda),
+    )
+}
+
+
+def register_form(form: Form) -> None:
+    """Offer another form to :func:`zoo.optimize`."""
+    _FORMS[form.name] = form
+
+
+def form_names() -> list[str]:
+    """Every form, in the order in which they are tried."""
+    return list(_FORMS)
+
+
+def get_form(name: str) -> Form:
+    """The form of this name."""
+    if name not in _FORMS:
+        raise ConfigError(f"There is no form {name!r}.{nearest(name, _FORMS)}")
+    return _FORMS[name]
+
+
+def make(name: str, model: nn.Module, precision: str) -> nn.Module:
+    """A model in a form and a precision, between inputs and outputs of float32."""
+    form = get_form(name)
+    made = form.make(model)
+    return made if precision == "fp32" else InDtype(made, DTYPES[precision])
+
+
+def refuses(name: str, model: nn.Module, precision: str, target: str) -> str:
+    """Why a form cannot be used so; empty when it can."""
+    return get_form(name).unsuited(model, target) or refuses_precision(precision, target)
