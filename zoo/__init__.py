@@ -37,6 +37,7 @@ _PUBLIC = {
     "register": "zoo.registry",
     "build": "zoo.factory",
     "create_model": "zoo.factory",
+    "export": "zoo.deploy.export",
     "load_optimized": "zoo.deploy.artefact",
     "optimize": "zoo.deploy.optimize",
     "convert_state_dict": "zoo.pretrained.convert",
@@ -49,6 +50,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from zoo.config import ImageConfig, ModelConfig, TextConfig, axis
     from zoo.deploy.artefact import load_optimized
+    from zoo.deploy.export import export
     from zoo.deploy.optimize import optimize
     from zoo.errors import (
         ConfigError,
@@ -95,6 +97,7 @@ __all__ = [
     "config_from_json",
     "convert_state_dict",
     "create_model",
+    "export",
     "get_config",
     "get_weights",
     "is_model",

@@ -12,6 +12,7 @@ from zoo.cli import (
     data,
     doctor,
     evaluate,
+    export,
     finetune,
     info,
     listing,
@@ -44,6 +45,7 @@ app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
 app.command("pick")(pick.pick)
 app.command("pareto")(pareto.pareto)
+app.command("export")(export.export)
 app.command("optimize")(optimize.optimize)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

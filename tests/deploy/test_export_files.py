@@ -1,0 +1,119 @@
+"""zoo.export: every format, run again in its own runtime, for every family; what it refuses."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo.deploy.export import BATCHES
+from zoo.deploy.formats import Onnx, get_format, notes_of
+from zoo.errors import ConfigError, ExportError, WeightsError
+from zoo.registry import index
+
+MODELS = zoo.list_models(task="image-classification")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "variant" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--every-variant")
+        metafunc.parametrize("variant", MODELS if every else lightest_of_each_family())
+
+
+def lightest_of_each_family() -> list[str]:
+    lightest: dict[str, str] = {}
+    for name in sorted(MODELS, key=lambda name: index()[name]["macs"]):
+        lightest.setdefault(index()[name]["family"], name)
+    return sorted(lightest.values())
+
+
+@pytest.fixture(scope="module")
+def small(randomise: Callable) -> nn.Module:
+    sizes = {"depths": (1, 1, 1), "widths": (16, 24, 32), "num_heads": (2, 2, 2), "img_size": 64, "num_classes": 7}
+    return randomise(zoo.create_model("efficientvit_m0", **sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "openvino", "torch-export"])
+def test_every_family(variant: str, format: str, randomise: Callable, tmp_path: Path) -> None:
+    """At a small size; the file is compared with the model inside, at three batch sizes."""
+    exported = zoo.export(randomise(zoo.create_model(variant, img_size=64)), format, tmp_path / "out")
+    assert [check["input"][0] for check in exported.manifest["checks"]] == list(BATCHES)
+    assert all(check["max_abs"] <= 1e-4 * check["scale"] for check in exported.manifest["checks"])
+
+
+@pytest.mark.slow
+def test_torchscript_at_every_size(small: nn.Module, tmp_path: Path) -> None:
+    exported = zoo.export(small, "torchscript", tmp_path / "out", free_size=True)
+    sizes = {tuple(check["input"][2:]) for check in exported.manifest["checks"]}
+    assert sizes == {(64, 64), (96, 96), (128, 96), (64, 160)}
+    assert exported.manifest["input"]["shape"] == ["batch", 3, "height", "width"]
+
+
+@pytest.mark.slow
+def test_onnx_says_what_it_is(small: nn.Module, tmp_path: Path) -> None:
+    import onnx
+
+    exported = zoo.export(small, "onnx", tmp_path / "out", pixels=True)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest == exported.manifest
+    inside = {entry.key: entry.value for entry in onnx.load(exported.path).metadata_props}
+    assert inside == notes_of(manifest)
+    assert json.loads(inside["labels"]) == [str(i) for i in range(7)]
+    assert manifest["preprocessing"]["in_the_file"] == ["scale", "normalise"]
+    # Pixels go in: the same answer as normalised pixels to the model.
+    pixels = torch.randint(0, 256, (2, 3, 64, 64)).float()
+    mean, std = (torch.tensor(manifest["preprocessing"][key]).view(3, 1, 1) for key in ("mean", "std"))
+    ours = Onnx().load(exported.path)(pixels)
+    with torch.no_grad():
+        assert torch.allclose(ours, small((pixels / 255 - mean) / std), atol=1e-4)
+    assert 'session.run(None, {"input": x})' in exported.snippet
+
+
+def test_a_file_that_answers_otherwise_is_not_kept(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind: Any = get_format("onnx")
+    monkeypatch.setattr(kind, "write", lambda model, example, path, **_: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(kind, "load", lambda path: lambda x: small(x) + 1e-3)
+    with pytest.raises(ExportError, match=r"differs from the model by 1\.0e-03 on \[1, 3, 64, 64\]"):
+        zoo.export(small, "onnx", tmp_path / "out")
+    monkeypatch.setattr(kind, "load", lambda path: lambda x: small(x)[:1])
+    with pytest.raises(ExportError, match=r"answers \[1, 7\] to \[2, 3, 64, 64\]"):
+        zoo.export(small, "onnx", tmp_path / "out")
+    monkeypatch.setattr(kind, "load", lambda path: lambda x: small(x) * float("nan"))
+    with pytest.raises(ExportError, match="differs from the model by nan"):
+        zoo.export(small, "onnx", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused(small: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean: onnx"):
+        zoo.export(small, "onx", tmp_path / "out")
+    with pytest.raises(WeightsError, match="random ones is of no use; ask for them"):
+        zoo.export("efficientnet_b7", "onnx", tmp_path / "out")
+    with pytest.raises(ConfigError, match="expected a name, or an image model of the zoo"):
+        zoo.export(nn.Linear(2, 2), "onnx", tmp_path / "out")
+    with pytest.raises(ConfigError, match="expected no free size"):
+        zoo.export(small, "coreml", tmp_path / "out", free_size=True)
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(ExportError, match="is not an exported model"):
+        zoo.export(small, "onnx", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["executorch", "coreml"])
+def test_formats_with_extras_of_their_own(format: str, small: nn.Module, tmp_path: Path) -> None:
+    package = get_format(format).packages[0]
+    if importlib.util.find_spec(package) is None:
+        with pytest.raises(zoo.MissingExtraError, match=f'pip install "efficient-zoo\\[{format}\\]"'):
+            zoo.export(small, format, tmp_path / "out")
+        pytest.skip(f"needs {package}, an extra of its own")
+    exported = zoo.export(small, format, tmp_path / "out")
+    assert exported.path.exists()
+    assert exported.verified or format == "coreml"
