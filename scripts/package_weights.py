@@ -34,6 +34,8 @@ def main() -> None:
     model, tag = split_name(arguments.name)
     overrides = overrides_of(ModelRecord.read(run).config, model)
     metadata = {"model": model, "tag": tag, "licence": "apache-2.0", "config": json.dumps(overrides)}
+    if tokenizer := ModelRecord.read(run).tokenizer:
+        metadata["tokenizer"] = tokenizer
     save_safetensors(half, target, metadata)
 
     figures = evaluate_run(run.path, weights=target)  # of the shipped file, not of the run's float32 weights

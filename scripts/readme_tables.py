@@ -22,7 +22,7 @@ def models_table() -> str:
         weights = list_weights(name)
         size = entry["img_size"]
         side = size if isinstance(size, int) else " x ".join(map(str, size))
-        top1 = next((f"{metric.top1:.1f}" for each in weights for metric in each.metrics), "-")
+        top1 = next((f"{metric.top1:.1f}" for each in weights for metric in each.metrics if metric.top1), "-")
         tags = ", ".join(f"`{each.tag}`" for each in weights) or "-"
         rows.append(
             f"| `{name}` | {entry['params'] / 1e6:.2f} | {entry['macs'] / 1e6:,.1f} | {side} | {top1} | {tags} |"
@@ -49,8 +49,9 @@ def weights_table() -> str:
     rows = ["| weights | from | licence | top-1 (%) | published by |", "|---|---|---|---:|---|"]
     for entry in (entry for name in index() for entry in list_weights(name)):
         metric = entry.metrics[0] if entry.metrics else None
-        top1, source = (f"{metric.top1:g} ({metric.dataset})", metric.source) if metric else ("-", "-")
-        rows.append(f"| `{entry.name}` | {_place(entry)} | {entry.licence} | {top1} | {source} |")
+        value = None if metric is None else f"{metric.top1:g}" if metric.top1 is not None else f"loss {metric.loss:g}"
+        figure, source = (f"{value} ({metric.dataset})", metric.source) if metric else ("-", "-")
+        rows.append(f"| `{entry.name}` | {_place(entry)} | {entry.licence} | {figure} | {source} |")
     return "\n".join(rows)
 
 

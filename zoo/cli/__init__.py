@@ -14,6 +14,7 @@ from zoo.cli import (
     evaluate,
     export,
     finetune,
+    generate,
     info,
     listing,
     optimize,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("list")(listing.list_models)
 app.command("info")(info.info)
 app.command("predict")(predict.predict)
+app.command("generate")(generate.generate)
 app.command("scale")(scale.scale)
 app.command("train")(finetune.train)
 app.command("finetune")(finetune.finetune)

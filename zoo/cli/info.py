@@ -71,10 +71,13 @@ def info(
         facts = table("", "")
         facts.show_header = False
         for metric in each.metrics:
-            top5 = "" if metric.top5 is None else f", top-5 {metric.top5:g} %"
-            facts.add_row(metric.dataset, f"top-1 {metric.top1:g} %{top5}  ({metric.source})")
+            facts.add_row(metric.dataset, f"{metric.words}  ({metric.source})")
         pre = each.preprocessing
-        facts.add_row("input", f"{pre.img_size[0]} x {pre.img_size[1]} px, crop {pre.crop_pct:g}, {pre.interpolation}")
+        if family.task == "text-generation":
+            facts.add_row("tokenizer", each.tokenizer or "unknown")
+        else:
+            size = f"{pre.img_size[0]} x {pre.img_size[1]} px"
+            facts.add_row("input", f"{size}, crop {pre.crop_pct:g}, {pre.interpolation}")
         facts.add_row("recipe", each.recipe or "unknown")
         if each.notes:
             facts.add_row("notes", each.notes)

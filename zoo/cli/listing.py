@@ -33,8 +33,8 @@ def list_models(
         entry = dict(index().get(variant, {}))
         weights = [get_weights(name)] if tag else list_weights(variant)
         if tag and weights[0].config:  # a network of other classes or another size: `zoo info` counts it
-            entry = {"img_size": weights[0].preprocessing.img_size[0]}
-        published = [metric for each in weights for metric in each.metrics]
+            entry = {} if entry.get("task") == "text-generation" else {"img_size": weights[0].preprocessing.img_size[0]}
+        published = [metric for each in weights for metric in each.metrics if metric.top1 is not None]
         rows.append(
             {
                 "name": name,

@@ -27,6 +27,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eos: int  # ends every document
+    prefix: list[int]  # begins every prompt; empty for most
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Each text's tokens, without special ones."""
@@ -36,18 +37,36 @@ class Tokenizer(Protocol):
         """The text of some tokens."""
         ...
 
+    def to_transformers(self) -> Any:
+        """The same as a tokenizer of :mod:`transformers`, which pads on the left, with ends of text."""
+        ...
+
 
 class Bytes:
     """UTF-8 bytes as tokens; 256 ends a document."""
 
     vocab_size = 257
     eos = 256
+    prefix: list[int] = []
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def to_transformers(self) -> Any:
+        tokenizers = require("tokenizers", extra="lm", why="A tokenizer for transformers")
+        # Its byte-level alphabet has a printable letter for every byte: those bytes that are printable in Latin-1 stand
+        # for themselves, the others for the letters from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = [byte for byte in range(256) if byte not in set(printable)]
+        letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letters[byte]: byte for byte in range(256)}, []))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.add_special_tokens([_END])
+        return _fast(tokenizer_object=tokenizer, eos_token=_END)
 
 
 class TokenizerFile:
@@ -66,6 +85,10 @@ class TokenizerFile:
         if eos is None:
             raise DataError(f"{path} has no end-of-text token; expected one of {', '.join(ends)}.")
         self.eos: int = eos
+        self.prefix: list[int] = []
+
+    def to_transformers(self) -> Any:
+        return _fast(tokenizer_object=self._tokenizer, eos_token=self._tokenizer.id_to_token(self.eos))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [each.ids for each in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -87,12 +110,25 @@ class AutoTokenizer:
             raise DataError(f"Tokenizer {name!r} has no end-of-text token.")
         self.vocab_size = len(self._tokenizer)
         self.eos: int = self._tokenizer.eos_token_id
+        begin = self._tokenizer.bos_token_id
+        self.prefix: list[int] = [begin] if self._tokenizer("")["input_ids"] == [begin] else []
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens))
+
+    def to_transformers(self) -> Any:
+        return self._tokenizer
+
+
+_END = "<|endoftext|>"
+
+
+def _fast(**parts: Any) -> Any:
+    transformers = require("transformers", extra="lm", why="A tokenizer for transformers")
+    return transformers.PreTrainedTokenizerFast(pad_token=parts["eos_token"], padding_side="left", **parts)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -12,6 +12,7 @@ from typing import Any
 import zoo
 from zoo.atomic import save_safetensors, write_atomically
 from zoo.config import ImageConfig
+from zoo.data.tokens import load_tokenizer
 from zoo.errors import WeightsError
 from zoo.factory import build, pretrained_cfg
 from zoo.pretrained.convert import convert_state_dict
@@ -80,11 +81,22 @@ def write_repository(source: str | Path, folder: Path, *, licence: str = "", rep
     described = {"model": weights.model, "tag": weights.tag, "licence": licence, "zoo_version": zoo.__version__}
     if overrides := overrides_of(config, weights.model):
         described["config"] = json.dumps(overrides)
+    if weights.tokenizer:
+        described["tokenizer"] = weights.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(state, folder / WEIGHTS_FILE, described)
-    model = build(config, device="meta")
+    model: Any = build(config, device="meta")
     if isinstance(config, ImageConfig):
         values = _timm_config(weights, config, model, licence)
+    elif hasattr(model, "generate"):  # transformers' Auto classes load it, once zoo is imported
+        values = {
+            "architectures": [type(model).__name__],
+            **json.loads(model.config.to_json_string()),
+            "license": licence,
+        }
+        values |= {"tokenizer": weights.tokenizer} if weights.tokenizer else {}
+        if weights.tokenizer:
+            load_tokenizer(weights.tokenizer).to_transformers().save_pretrained(folder)
     else:
         values = {"model_type": family.name, "license": licence, **config.to_dict()}
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -123,8 +135,8 @@ def _card(weights: Weights, family: Family, licence: str, repo: str, params: int
             task_type=family.task,
             dataset_type=metric.dataset,
             dataset_name=metric.dataset,
-            metric_type="accuracy",
-            metric_value=metric.top1,
+            metric_type="accuracy" if metric.top1 is not None else "loss",
+            metric_value=metric.top1 if metric.top1 is not None else metric.loss,
         )
         for metric in weights.metrics[:1]
     ]
@@ -146,9 +158,7 @@ zoo.integrations.timm.register()
 model = timm.create_model("hf-hub:{repo}", pretrained=True)
 ```
 """
-    figures = "".join(
-        f"- {metric.dataset}: top-1 {metric.top1:g} %" + f" ({metric.source})\n" for metric in weights.metrics
-    )
+    figures = "".join(f"- {metric.dataset}: {metric.words} ({metric.source})\n" for metric in weights.metrics)
     return f"""---
 {front.to_yaml()}
 ---

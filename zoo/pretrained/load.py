@@ -119,6 +119,9 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
     _fit_input(model, state, family.first_conv)
     for classifier in family.classifiers:
         _fit_classifier(model, state, classifier)
+    for target, origin in getattr(model, "all_tied_weights_keys", {}).items():  # of which transformers saves one
+        if target not in state and origin in state:
+            state[target] = state[origin]
     others = [name for name, tensor in state.items() if not tensor.is_floating_point()]
     parameters = dict(model.named_parameters()) if others else {}
     if others := [name for name in others if name in parameters]:
@@ -132,6 +135,8 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
         problem = f"{listed(misfits)} of another shape"
     else:
         if not result.missing_keys and not result.unexpected_keys:
+            if getattr(model, "all_tied_weights_keys", None):
+                model.tie_weights()  # type: ignore[operator]
             return
         problem = f"{listed(result.unexpected_keys)} unused, {listed(result.missing_keys)} missing"
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or family.title

@@ -34,12 +34,19 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A published accuracy, in percent."""
+    """A published figure: accuracy of pictures, in percent, or mean cross-entropy of text, in nats a token."""
 
     dataset: str
-    top1: float
+    top1: float | None = None
     top5: float | None = None
+    loss: float | None = None
     source: str
+
+    @property
+    def words(self) -> str:
+        """``"top-1 63.2 %, top-5 85.2 %"`` or ``"loss 1.52"``."""
+        figures = {"top-1": (self.top1, " %"), "top-5": (self.top5, " %"), "loss": (self.loss, "")}
+        return ", ".join(f"{name} {value:g}{unit}" for name, (value, unit) in figures.items() if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class Weights:
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)  # config fields that these weights need
     preprocessing: Preprocessing = Preprocessing()  # noqa: RUF009 -- immutable
     labels: tuple[str, ...] | str = IMAGENET_LABELS
+    tokenizer: str = ""  # of text: what zoo.data.tokens.load_tokenizer takes
     metrics: tuple[Metric, ...] = ()
     check: tuple[
         float, ...
@@ -167,6 +175,8 @@ def _entry(path: Path, model: str, tag: str, values: dict[str, Any]) -> Weights:
     if "metrics" in values:
         for metric in values["metrics"]:
             _check_keys(Metric, metric)
+            if "top1" not in metric and "loss" not in metric:
+                raise WeightsError("a metric has neither top1 nor loss.")
         values["metrics"] = tuple(Metric(**metric) for metric in values["metrics"])
     if "check" in values:
         numbers = values["check"]

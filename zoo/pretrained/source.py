@@ -28,6 +28,7 @@ from zoo.pretrained.manifest import LABEL_SETS, Weights, get_weights, list_weigh
 from zoo.registry import family_name, get_config, get_family, split_name
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+FOREIGN_TYPES = {"hgrn_bit": "matmulfree"}  # model_type of others' checkpoints -> the family that reads them
 TIMM_PREFIX = "zoo_"  # of zoo's models in timm's registry
 
 _HUB = re.compile(r"((?!\.)[\w.-]+/(?!\.)[\w.-]+)(?:@((?!\.)[\w.-]+(?:/(?!\.)[\w.-]+)*))?")
@@ -163,13 +164,22 @@ def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' layout: the fields of the family's config, among those that transformers adds."""
-    family = get_family(str(values["model_type"]).removeprefix(TIMM_PREFIX))
+    model_type = str(values["model_type"])
+    name = model_type.removeprefix(TIMM_PREFIX)
+    family = get_family(FOREIGN_TYPES.get(name, name))
     model = next(iter(family.variants))
     names = {spec.name for spec in dataclasses.fields(family.config)}
+    translate = getattr(family.model, "foreign", {}).get(model_type)
+    values = {**values, **translate(values)} if translate else values
     config = {name: value for name, value in values.items() if name in names}
     wanted = family.config.from_dict(config)
     model = next((name for name, variant in family.variants.items() if variant() == wanted), model)
-    return {"model": model, "config": wanted.to_dict(), "licence": values.get("license") or "unknown"}
+    return {
+        "model": model,
+        "config": wanted.to_dict(),
+        "licence": values.get("license") or "unknown",
+        "tokenizer": str(values.get("tokenizer") or ""),
+    }
 
 
 def _from_run(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,8 +189,9 @@ def _from_run(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": split_name(values["name"])[0],
         "config": config,
-        "preprocessing": Preprocessing.from_dict(values["preprocessing"]),
+        **({"preprocessing": Preprocessing.from_dict(values["preprocessing"])} if values["preprocessing"] else {}),
         "labels": tuple(values["labels"]),
+        "tokenizer": values.get("tokenizer", ""),
     }
 
 
@@ -206,6 +217,7 @@ def _from_header(path: Path, source: str) -> Weights:
         folder=path.parent,
         file=path.name,
         licence=metadata.get("licence", "unknown"),
+        tokenizer=metadata.get("tokenizer", "" if tagged is None else tagged.tokenizer),
         layout="zoo",
         config=config,
     )

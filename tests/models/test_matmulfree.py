@@ -1,0 +1,161 @@
+"""MatMul-free LM: equal to the authors' code, and what is special to a recurrence."""
+
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+import zoo
+from zoo.models.matmulfree import FAMILY, MatMulFreeConfig
+from zoo.pretrained.convert import convert_state_dict, to_authors
+
+TINY = {"vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module")
+def case(shared: Path, golden: ModuleType) -> dict[str, Any]:
+    """The golden case: its model under zoo's names, its input, the authors' state dict and their outputs."""
+    path = shared / "golden" / "matmulfree_tiny.json"
+    described = golden.load_case(path)
+    authors = golden.make_state(described["state"])
+    model = zoo.create_model("matmulfree_370m", **TINY)
+    model.load_state_dict(convert_state_dict(authors, "matmulfree_370m", **TINY))
+    return {
+        "model": model.eval(),
+        "tokens": golden.make_input(described["input"]),
+        "authors": authors,
+        "outputs": golden.load_outputs(path),
+        "params": described["params"],
+        "config": described["config"],
+    }
+
+
+@torch.no_grad()
+def test_logits_and_state(case: dict[str, Any]) -> None:
+    """Within 1e-4. The case's seed keeps every int8 code away from a tie: one that fell the other way would move logits
+    by 0.03 and more, in correct code too."""
+    model, outputs = case["model"], case["outputs"]
+    assert sum(p.numel() for p in model.parameters()) == case["params"]
+    answer = model(case["tokens"])
+    assert_close(answer.logits, outputs["logits"], atol=1e-4, rtol=0)
+    states = model.make_cache()
+    model(case["tokens"], past_key_values=states)
+    found = torch.stack([states.state.tensors[layer] for layer in range(3)])
+    assert_close(found, outputs["final_state"].flatten(2), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_step_by_step(case: dict[str, Any]) -> None:
+    model, tokens = case["model"], case["tokens"]
+    cache, logits = model.make_cache(), []
+    for column in tokens.split(1, dim=1):
+        logits.append(model(column, past_key_values=cache).logits)
+    assert_close(logits[-1][:, 0], case["outputs"]["logits_step_last"].view(2, -1), atol=1e-4, rtol=0)
+    assert_close(torch.cat(logits, 1), case["outputs"]["logits"], atol=1e-4, rtol=0)
+
+
+def test_loss_and_gradients(case: dict[str, Any]) -> None:
+    model, outputs = case["model"], case["outputs"]
+    model.zero_grad()
+    answer = model(case["tokens"], labels=case["tokens"])
+    assert_close(answer.loss, outputs["loss"][0], atol=1e-4, rtol=0)
+    answer.loss.backward()
+    compared = 0
+    for name, parameter in model.named_parameters():
+        expected = outputs.get("grad." + name.replace("embed_tokens", "embeddings"))
+        if expected is not None:
+            assert_close(parameter.grad, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+            compared += 1
+    assert compared == sum(name.startswith("grad.") for name in outputs)
+
+
+def test_released_layout(case: dict[str, Any], tmp_path: Path) -> None:
+    """A folder as the authors' code saves it loads through zoo and through the Auto class, and goes back."""
+    from transformers import AutoModelForCausalLM
+
+    values = {"model_type": "hgrn_bit", "architectures": ["HGRNBitForCausalLM"], **case["config"]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    save_file(case["authors"], tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours = zoo.create_model(f"local-dir:{tmp_path}").eval()
+    with torch.no_grad():
+        for model in (loaded, ours):
+            assert_close(model(case["tokens"]).logits, case["outputs"]["logits"], atol=1e-4, rtol=0)
+    back = to_authors(ours.state_dict(), "matmulfree_370m", **TINY)
+    assert back.keys() == case["authors"].keys()
+    assert all(torch.equal(tensor, case["authors"][name]) for name, tensor in back.items())
+
+
+def test_a_released_config_that_the_original_does_not_run(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "hgrn_bit", "use_short_conv": True}))
+    with pytest.raises(zoo.ConfigError, match="use_short_conv is True in this hgrn_bit config; expected False"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, params", [("370m", 374_108_160), ("1_3b", 1_364_779_008), ("2_7b", 2_702_357_504)])
+def test_released_sizes(name: str, params: int) -> None:
+    model = zoo.build(zoo.get_config(f"matmulfree_{name}"), device="meta")
+    assert sum(p.numel() for p in model.parameters()) == params
+
+
+def test_initialisation() -> None:
+    """The deviations measured in the authors' code."""
+    torch.manual_seed(0)
+    config = zoo.get_config("matmulfree_14m")
+    model: Any = zoo.build(config)
+    block, width = model.model.layers[3], config.hidden_size
+    xavier = 2**-2.5 * math.sqrt(2 / (2 * width))
+    for projection in (block.attn.i_proj, block.attn.f_proj, block.attn.g_proj, block.attn.o_proj):
+        assert projection.weight.std().item() == pytest.approx(xavier, rel=0.02)
+        assert projection.weight.abs().max() <= xavier * math.sqrt(3) * 1.0001  # uniform
+    for weight in (block.mlp.gate_proj.weight, model.model.embed_tokens.weight, model.lm_head.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+    assert not model.model.lower_bounds.any()
+    assert all(norm.weight.eq(1).all() for norm in (block.attn_norm, block.attn.g_norm, model.lm_head.norm))
+
+
+@torch.no_grad()
+def test_padding_keeps_the_state_on_either_side(case: dict[str, Any]) -> None:
+    model, tokens = case["model"], case["tokens"][:1, :9]
+    alone = model.make_cache()
+    expected = model(tokens, past_key_values=alone).logits
+    for left in (True, False):
+        mask = torch.ones(1, 14, dtype=torch.long)
+        padded = torch.randint(0, 1000, (1, 14))
+        real = slice(5, None) if left else slice(0, 9)
+        mask[:, slice(0, 5) if left else slice(9, None)] = 0
+        padded[:, real] = tokens
+        cache = model.make_cache()
+        logits = model(padded, attention_mask=mask, past_key_values=cache).logits
+        assert_close(logits[:, real], expected, atol=1e-5, rtol=0)
+        for layer, state in alone.state.tensors.items():
+            assert_close(cache.state.tensors[layer], state, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(case: dict[str, Any]) -> None:
+    model, tokens = case["model"], case["tokens"][:1, :12]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]])
+    packed = model(tokens, position_ids=positions).logits
+    apart = torch.cat([model(part).logits for part in (tokens[:, :4], tokens[:, 4:])], 1)
+    assert_close(packed, apart, atol=1e-5, rtol=0)
+    assert not torch.allclose(packed, model(tokens).logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_longer_than_it_was_trained(case: dict[str, Any]) -> None:
+    """A recurrence has no last position: past ``max_position_embeddings`` the whole still equals its parts."""
+    short: Any = FAMILY.model(MatMulFreeConfig(**{**TINY, "max_position_embeddings": 16})).eval()
+    short.load_state_dict(case["model"].state_dict())
+    cache = short.make_cache()
+    parts = [short(part, past_key_values=cache).logits for part in case["tokens"].split(10, dim=1)]
+    assert_close(torch.cat(parts, 1), case["outputs"]["logits"], atol=1e-4, rtol=0)
