@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import zoo
-from zoo.registry import split_name
+from zoo.registry import family_name, split_name
 from zoo.train.engine import train
 from zoo.train.recipe import find_recipe, list_recipes, load_recipe
 
@@ -31,6 +31,10 @@ def test_names_a_model_and_weights_that_exist(name: str) -> None:
         assert zoo.get_weights(model.name).preprocessing
 
 
+# By family, what makes a language model small.
+SMALL = {"matmulfree": {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_two_steps_of_its_model(name: str, class_folder: Path, tmp_path: Path) -> None:
     recipe = load_recipe(name)
@@ -44,6 +48,16 @@ def test_trains_two_steps_of_its_model(name: str, class_folder: Path, tmp_path: 
         "train.batch_size": 24,
         "train.from_scratch": False,
     }
+    if recipe.task == "language-modelling":
+        text = tmp_path / "text.txt"
+        text.write_text("All the world's a stage, and all the men and women merely players. " * 16)  # 1,072 bytes
+        changes |= {
+            "model.overrides": recipe.model.overrides | SMALL[family_name(split_name(recipe.model.name)[0])],
+            "data.name": str(text),
+            "data.tokenizer": "bytes",
+            "data.seq_len": 16,
+            "train.precision": "fp32",
+        }
     if recipe.model.pretrained and not zoo.get_weights(recipe.model.name).packaged:
         changes["model.pretrained"] = False  # tests use no network
         changes["model.name"] = split_name(recipe.model.name)[0]
