@@ -334,7 +334,7 @@ def _measure_shortlist(budget: Budget, known: Sequence[Option]) -> Sequence[str]
     measured = {option.model for option in known}
     accurate = [(published(name), name) for name in zoo.list_models(task="image-classification")]
     waiting = sorted(
-        ((-weights.metrics[0].top1, name) for weights, name in accurate if weights and name not in measured),
+        ((-(weights.metrics[0].top1 or 0.0), name) for weights, name in accurate if weights and name not in measured),
     )
     wanted: list[str] = []
     for _, name in waiting:
