@@ -7,7 +7,8 @@ import pytest
 
 import zoo
 
-HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub", "rich", "typer"}
+HEAVY = {"torch", "torchvision", "timm", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub"}
+HEAVY |= {"rich", "typer"}
 
 
 def loaded_by(code: str) -> set[str]:
