@@ -16,7 +16,6 @@ from torch import nn
 
 import zoo
 from zoo.config import TextConfig
-from zoo.registry import config_of
 from zoo.train.engine import train
 from zoo.train.recipe import load_recipe
 from zoo.train.run_folder import ModelRecord, RunFolder
@@ -96,7 +95,7 @@ def main() -> None:
     result = train(
         recipe.replace(**{"model.name": "llama_baseline", "model.overrides": fields}), arguments.out, resume=True
     )
-    theirs = sum(p.numel() for p in zoo.build(config_of(zoo.create_model("llama_baseline", **fields))).parameters())
+    theirs = sum(p.numel() for p in zoo.create_model("llama_baseline", **fields).parameters())
     for name, params, folder in ((str(run.path), ours, run), ("Llama", theirs, RunFolder(result.folder))):
         figures = json.loads(folder.result.read_text())
         print(f"{name}: {params:,} parameters, {json.dumps(figures)}")

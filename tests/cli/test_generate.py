@@ -56,6 +56,13 @@ def test_generate(cli: Callable, file: Path) -> None:
     assert greedy[0] == greedy[1]
 
 
+def test_packed_weights_write_the_same_text(cli: Callable, file: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed.safetensors"
+    assert cli("weights", "pack", file, "--out", packed)[0] == 0
+    options = ("--prompt", "To be", "--max-new-tokens", 12, "--seed", 1)
+    assert cli("generate", packed, *options)[1] == cli("generate", file, *options)[1]
+
+
 def test_an_empty_prompt_begins_a_document(file: Path) -> None:
     writer = load_writer(file)
     drawn = torch.get_rng_state()

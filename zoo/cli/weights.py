@@ -133,10 +133,12 @@ def pack(
 
     model = create_model(name, checkpoint=checkpoint) if checkpoint else create_model(name, pretrained=True)
     before = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if is_source(name):
+    described = {}
+    if is_source(name) or not checkpoint:
         weights = find_weights(name)
-        name = f"{weights.model}.{weights.tag}" if weights.tag else weights.model
-    save_packed(pack_bit_linears(model), out, name)
+        name = weights.name
+        described = {"licence": weights.licence, **({"tokenizer": weights.tokenizer} if weights.tokenizer else {})}
+    save_packed(pack_bit_linears(model), out, name, metadata=described)
     after = out.stat().st_size
     print(f"{out}: {after / 1e6:.1f} MB, {before / after:.1f} times less than {before / 1e6:.1f} MB")
 

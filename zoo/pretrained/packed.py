@@ -8,7 +8,6 @@ takes weights, and gives the packed model.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from zoo.errors import WeightsError, nearest
 from zoo.layers.bit_linear import BitLinear, PackedBitLinear, replace_bit_linears
 from zoo.pretrained.files import read_header
 from zoo.pretrained.source import overrides_of
-from zoo.registry import get_config, split_name
+from zoo.registry import config_of, get_config, split_name
 
 PACKING = "bitnet-2bit"  # transformers' layout: rows r, r + R, r + 2R and r + 3R in a byte, lowest bits first
 
@@ -100,12 +99,6 @@ def check_codes(model: nn.Module, path: Path) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, PackedBitLinear) and (layer.packed & layer.packed >> 1 & 0b01010101).any():
             raise WeightsError(f"{path}: {name}.packed holds a code that is none of -1, 0 and 1; the file is damaged.")
-
-
-def config_of(model: Any) -> ModelConfig:
-    """The config that a model was built from, of transformers' classes too."""
-    config = model.config
-    return config if isinstance(config, ModelConfig) else config.arch()
 
 
 def _unlike(theirs: ModelConfig, ours: ModelConfig) -> str:
