@@ -18,6 +18,7 @@ from zoo.config import ModelConfig
 from zoo.errors import WeightsError, nearest
 from zoo.layers.bit_linear import BitLinear, PackedBitLinear, replace_bit_linears
 from zoo.pretrained.files import read_header
+from zoo.pretrained.load import is_pickle
 from zoo.pretrained.source import overrides_of
 from zoo.registry import config_of, get_config, split_name
 
@@ -66,6 +67,8 @@ def expect_packed(model: nn.Module, path: Path) -> bool:
     Raises:
         WeightsError: If it is, and of another packing or config.
     """
+    if is_pickle(path):
+        return False  # it is refused where it would be read
     metadata = read_header(path).get("__metadata__", {})
     packing = metadata.get("packing")
     if packing is None:
