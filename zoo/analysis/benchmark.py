@@ -228,6 +228,14 @@ def _warm_up(turn: Callable[[float], list[float]], turn_s: float, at_most: float
         before = now
 
 
+def memory_in_use(device: str | torch.device = "cpu") -> int | None:
+    """Bytes held now: on CUDA what torch's allocator gave, on CPUs the process's resident memory; None if not known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    known = torch.device(device).type == "cpu" and Path("/proc/self/status").is_file()
+    return _status_bytes("VmRSS") if known else None
+
+
 def working_memory(call: Callable[[], object], device: str | torch.device = "cpu") -> int | None:
     """Bytes by which a call raises the memory in use at its peak, above weights, inputs and all else held before.
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from zoo.analysis.trace import by_module, trace
 from zoo.config import ImageConfig, ModelConfig, TextConfig
 from zoo.errors import ConfigError
 from zoo.models import MODULES
@@ -164,6 +165,64 @@ class _Shapes(TorchFunctionMode):
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
+
+
+@dataclass(frozen=True)
+class ModuleCounts(Counts):
+    """What one module costs, with all inside it; of a language model, for a whole sequence."""
+
+    weight_bytes: int  # of parameters and buffers, in the dtype asked for; integers as they are
+    activation_bytes: int  # of ``activations``
+    moved_bytes: int  # that all operators, norms and additions too, read and write, each tensor once an operator
+
+
+def count_modules(
+    config: ModelConfig | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    img_size: int | tuple[int, int] | None = None,
+    tokens: int | None = None,
+) -> dict[str, ModuleCounts]:
+    """Count one forward pass, batch 1, module by module, on the meta device.
+
+    Args:
+        config: A config, or the name of a model.
+        dtype: What bytes are counted for.
+        img_size: Of an image model, in place of the config's own.
+        tokens: Of a language model's sequence; ``max_position_embeddings`` by default.
+
+    Returns:
+        Costs by module path, each with all inside it, in the order of ``named_modules()``; ``""`` is the whole.
+
+    Raises:
+        ConfigError: If ``img_size`` is given for a language model, or ``tokens`` for an image model.
+    """
+    config = get_config(config) if isinstance(config, str) else config
+    if isinstance(config, ImageConfig) and tokens is None:
+        config = config if img_size is None else config.override(img_size=img_size)
+        inputs = torch.empty(1, config.in_chans, *config.input_hw, device="meta")
+    elif isinstance(config, TextConfig) and img_size is None:
+        inputs = torch.empty(1, tokens or config.max_position_embeddings, dtype=torch.int64, device="meta")
+    else:
+        raise ConfigError(f"{type(config).__name__} takes no {'img_size' if tokens is None else 'tokens'}.")
+    with torch.device("meta"):
+        model = family_of(config).model(config)
+    groups = by_module(trace(model, inputs))
+    counts = {}
+    for path, module in model.named_modules():
+        own = groups.get(path, [])
+        results = sum(operator.results for operator in own)
+        held: list[Tensor] = [*module.parameters(), *module.buffers()]
+        sizes = (x.numel() * (dtype.itemsize if x.is_floating_point() else x.element_size()) for x in held)
+        counts[path] = ModuleCounts(
+            params=sum(parameter.numel() for parameter in module.parameters()),
+            macs=sum(operator.macs for operator in own),
+            activations=results,
+            weight_bytes=sum(sizes),
+            activation_bytes=results * dtype.itemsize,
+            moved_bytes=sum(operator.elements for operator in own) * dtype.itemsize,
+        )
+    return counts
 
 
 def build_index() -> dict[str, dict[str, Any]]:

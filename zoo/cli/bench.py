@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from zoo.analysis.bench import Conditions
     from zoo.analysis.benchmark import Passport
 
 
@@ -32,6 +33,7 @@ def bench(
     clock: Annotated[str, typer.Option(help="wall, or cpu: the process's time on all cores.")] = "wall",
     rounds: Annotated[int, typer.Option(help="Turns of each model.", min=1)] = 9,
     tokens: Annotated[int, typer.Option(help="Length of a language model's input.", min=1)] = 128,
+    six_metrics: Annotated[bool, typer.Option(help="EfficientLLM's six metrics of language models instead.")] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the records as a CSV table.")] = None,
     save: Annotated[bool, typer.Option(help="Keep the records for `zoo pick` and `zoo pareto`.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
@@ -56,6 +58,10 @@ def bench(
         rounds=rounds,
         tokens=tokens,
     )
+
+    if six_metrics:
+        _six_metrics(models, numbers(batch, "--batch"), conditions, as_json=as_json)
+        return
 
     def show(record: "Passport") -> None:
         if sys.stderr.isatty():
@@ -84,6 +90,26 @@ def bench(
         screen.print("~ did not settle during its warm-up: the machine has other work to do.", markup=False)
     if all(record.saturating for record in records if record.batch == 1):
         screen.print("No larger batch than 1 gives these models more throughput here.", markup=False)
+
+
+def _six_metrics(models: list[str], batches: list[int], conditions: "Conditions", *, as_json: bool) -> None:
+    import dataclasses
+
+    from zoo.analysis.bench import resolve
+    from zoo.analysis.language import six_metrics
+    from zoo.cli._output import console, print_json, table
+
+    names = [name for name, _ in resolve(models)]
+    found = [six_metrics(name, batch=batch, conditions=conditions) for name in names for batch in batches]
+    if as_json:
+        print_json([dataclasses.asdict(each) for each in found])
+        return
+    for each in found:
+        title = f"{each.model}, batch {each.batch}, {each.prompt_tokens} tokens read, {each.new_tokens} written"
+        grid = table("", title, "")
+        for row in each.rows():
+            grid.add_row(*row)
+        console().print(grid)
 
 
 def _grid(records: "list[Passport]") -> object:

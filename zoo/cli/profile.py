@@ -8,7 +8,7 @@ import typer
 
 def profile(
     model: Annotated[str, typer.Argument(help="A model.")],
-    device: Annotated[str, typer.Option(help="Where to run it: cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to run it: cpu, cuda; meta only counts.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Samples in a pass.")] = 1,
     depth: Annotated[int | None, typer.Option(help="Depth of modules to show, 1 for the outermost.")] = None,
     top: Annotated[int | None, typer.Option(help="Show only so many layers, those that take most time.", min=1)] = None,
@@ -28,6 +28,9 @@ def profile(
     from zoo.analysis.profile import profile as run
     from zoo.cli._output import console, print_json, table
 
+    if device == "meta":
+        _print_counts(model, depth, precision, tokens, as_json=as_json)
+        return
     conditions = Conditions(device=device, threads=threads, precision=precision, fuse=fuse, clock=clock, tokens=tokens)
     found = run(model, batch=batch, depth=depth, conditions=conditions)
     if plot is not None:
@@ -89,3 +92,37 @@ def profile(
         f"roofline efficiency {100 * found.roofline_efficiency:.1f} % (sum of ideal times / latency)",
         markup=False,
     )
+
+
+def _print_counts(model: str, depth: int | None, precision: str, tokens: int, *, as_json: bool) -> None:
+    """What each module costs, with all inside it, from the config alone."""
+    import dataclasses
+
+    import zoo
+    from zoo.analysis.bench import PRECISIONS, Conditions
+    from zoo.analysis.counts import count_modules
+    from zoo.cli._output import console, print_json, table
+    from zoo.config import TextConfig
+
+    Conditions(device="meta", precision=precision).check()
+    config = zoo.get_config(model)
+    length = tokens if isinstance(config, TextConfig) else None
+    counts = count_modules(config, dtype=PRECISIONS[precision], tokens=length)
+    deepest = max(path.count(".") + 1 for path in counts) if depth is None else depth
+    shown = {path: each for path, each in counts.items() if not path or path.count(".") < deepest}
+    if as_json:
+        print_json({path: dataclasses.asdict(each) for path, each in shown.items()})
+        return
+    sizes = (">weights (MB)", ">activations (MB)", ">moved (MB)")
+    grid = table("module", ">params", ">MMACs", ">activations", *sizes)
+    for path, each in shown.items():
+        grid.add_row(
+            path or model,
+            f"{each.params:,}",
+            f"{each.macs / 1e6:.2f}",
+            f"{each.activations:,}",
+            f"{each.weight_bytes / 1e6:.3f}",
+            f"{each.activation_bytes / 1e6:.3f}",
+            f"{each.moved_bytes / 1e6:.3f}",
+        )
+    console().print(grid)
