@@ -5,8 +5,8 @@
 Products are those of the released MatMul-free LMs' MLPs. What is compared is interleaved, so that all of it sees the
 same machine; the figures are medians of the rounds, with the distance between the quartiles in percent. A layer is
 either called again and again, so that its weights stay in cache, or in turn with copies of itself that are together
-larger than any cache, as in a model. The bandwidth is that of adding up 512 MB with the same threads; the share of it
-is what the packed bytes over the time come to.
+larger than any cache, as in a model. The bandwidth is that of adding up 128 MB with the same threads, in
+the same turns; the share of it is what the packed bytes over the time come to.
 
 Memory is a fresh process's peak above what it held before, in a training step of one layer: forward, backward, and the
 gradients that they leave. Unfused is the same layer written in PyTorch's operators, as the reference is.
@@ -63,12 +63,6 @@ def measured(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
     return in_turns(rounds, {k: partial(seconds_a_call, f, time.perf_counter, at_least=0.03) for k, f in calls.items()})
 
 
-def bandwidth(rounds: int) -> float:
-    """Bytes a second that all threads read from memory."""
-    block = torch.ones(2**27)
-    return 4 * block.numel() / min(measured({"": block.sum}, rounds)[""])
-
-
 def copies(tensor: torch.Tensor, cached: bool) -> Callable[[], torch.Tensor]:
     """The tensor, or in turn copies of it that no cache holds."""
     count = 1 if cached else -(-BEYOND_CACHES // tensor.nbytes)
@@ -76,9 +70,9 @@ def copies(tensor: torch.Tensor, cached: bool) -> Callable[[], torch.Tensor]:
 
 
 def benchmark_products(rounds: int) -> None:
-    speed = bandwidth(rounds)
-    print(f"Reading memory: {speed / 1e9:.1f} GB/s")
-    header("out x in, batch", "weights", "packed", "float32", "bfloat16", "x float32", "x bfloat16", "GB/s", "share")
+    block = torch.ones(BEYOND_CACHES // 4)
+    columns_of_speed = ("packed GB/s", "memory GB/s", "share")
+    header("out x in, batch", "weights", "packed", "float32", "bfloat16", "x float32", "x bfloat16", *columns_of_speed)
     for (rows, columns), batch in itertools.product(SHAPES, BATCHES):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, columns, generator=generator)
@@ -99,17 +93,19 @@ def benchmark_products(rounds: int) -> None:
                     "packed": run_packed,
                     "float32": lambda x=x, get=full_weight: F.linear(x, get()),
                     "bfloat16": lambda x=half, get=half_weight: F.linear(x, get()),
+                    "memory": block.sum,
                 },
                 rounds if batch < 100 else 3,
             )
             seconds = {name: median(turns) for name, turns in times.items()}
-            rate = packed.nbytes / seconds["packed"]
+            rate, speed = packed.nbytes / seconds["packed"], block.nbytes / seconds.pop("memory")
+            del times["memory"]
             row(
                 f"{rows} x {columns}, {batch}",
                 "again and again" if cached else "from memory",
                 *(show(turns) for turns in times.values()),
                 *(f"{seconds[name] / seconds['packed']:.1f}" for name in ("float32", "bfloat16")),
-                *((f"{rate / 1e9:.1f}", f"{rate / speed:.0%}") if batch == 1 else ("", "")),
+                *((f"{rate / 1e9:.1f}", f"{speed / 1e9:.1f}", f"{rate / speed:.0%}") if batch == 1 else ("", "", "")),
             )
 
 

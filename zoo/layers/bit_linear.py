@@ -57,14 +57,11 @@ class PackedBitLinear(nn.Module):
         return packed.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return packed_bit_linear(
-            input,
-            self.packed,
-            self.scale,
-            self.norm.weight,
-            out_features=self.out_features,
-            eps=self.norm.eps or 0.0,
-        )
+        buffers, norm = self._buffers, self.norm  # looked up once: attributes of modules take their time
+        packed, scale = buffers["packed"], buffers["scale"]
+        assert packed is not None
+        assert scale is not None
+        return packed_bit_linear(input, packed, scale, norm.weight, out_features=self.out_features, eps=norm.eps or 0.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedBitLinear":
         scale = self.scale

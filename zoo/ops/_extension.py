@@ -52,6 +52,11 @@ class Extension:
                 _logger.info("%s: no C++ kernel (%s); using vectorised PyTorch", self.operator, self._unavailable)
         return self._unavailable
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has been built and loaded in this process."""
+        return self._unavailable is None
+
     def forget(self) -> None:
         """Try again at the next use."""
         self._unavailable = _UNTRIED

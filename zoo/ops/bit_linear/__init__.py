@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zoo.errors import ShapeError, WeightsError
 from zoo.ops._checks import cast, compute_dtype
-from zoo.ops.bit_linear import vectorised
+from zoo.ops.bit_linear import cpu, vectorised
 from zoo.ops.bit_linear._dispatch import choose
 from zoo.ops.bit_linear._op import check, check_packed, linear, packed_linear, run_packed
 from zoo.ops.bit_linear.reference import (
@@ -111,13 +111,14 @@ def packed_bit_linear(
         ShapeError: If shapes, dtypes or devices disagree.
         ConfigError: If ``ZOO_BIT_LINEAR`` asks for what does not exist or cannot run on this device.
     """
+    if _is_plain_inference(x) and cpu.is_ready_for(x, packed, scale, norm_weight) and not choose.forced():
+        return cpu.packed_forward(x, packed, scale, norm_weight, out_features, eps)
+    check_packed(x, packed, scale, norm_weight, out_features)
     route = _route()
     if route == "op":
-        check_packed(x, packed, scale, norm_weight, out_features)
         if _is_plain_inference(x):
             return run_packed(x, packed, scale, norm_weight, out_features, eps)
         return packed_linear(x, packed, scale, norm_weight, out_features, eps)
-    check_packed(x, packed, scale, norm_weight, out_features)
     form = packed_bit_linear_reference if route == "ref" else vectorised.packed_forward
     x_, norm_weight = cast(compute_dtype(x), x, norm_weight)
     return form(x_, packed, scale, norm_weight, out_features, eps).to(x.dtype)
@@ -129,7 +130,7 @@ def _route() -> str:
 
 
 def _is_plain_inference(x: Tensor) -> bool:
-    """Whether nothing looks on: an operator's call takes longer than a small product."""
+    """Whether nothing looks on: the call of an operator that is written in Python takes longer than a small product."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
         return False
     return type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0

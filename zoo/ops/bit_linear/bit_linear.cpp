@@ -303,14 +303,20 @@ Quantised quantise(const Tensor& x, const Tensor& norm_weight, double eps) {
   return q;
 }
 
-// x [..., columns] float32, norm_weight [columns], packed [R, columns] uint8; scale [] float32: what a weight of 1 is worth.
-Tensor packed_bit_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& norm_weight,
+// x [..., columns] float32, packed [R, columns] uint8, norm_weight [columns], and what a weight of 1 is worth, [] float32.
+Tensor packed_bit_linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale, const Tensor& norm_weight_,
                          int64_t rows, double eps, int64_t choice) {
   const Kernels& k = kernels(choice);
+  TORCH_CHECK(packed_.dim() == 2 && packed_.size(0) == (rows + 3) / 4 && scale.numel() == 1 && scale.is_cpu() &&
+                  packed_.is_cpu() && norm_weight_.is_cpu() && x_.dim() > 0 && x_.size(-1) == packed_.size(1) &&
+                  norm_weight_.numel() == packed_.size(1),
+              "packed_bit_linear: the tensors do not fit ", rows, " outputs");
+  const Tensor x = x_.contiguous(), packed = packed_.contiguous(), norm_weight = norm_weight_.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = rows;
   Tensor out = at::empty(shape, x.options());
   if (out.numel() == 0) return out;
+  if (x.numel() == 0) return out.zero_();  // no inputs
   const Quantised q = quantise(x, norm_weight, eps);
   const float unit = *scale.const_data_ptr<float>();
   float* target = out.data_ptr<float>();

@@ -16,6 +16,17 @@ def kernels() -> list[str]:
     return torch.ops.zoo_cpu.bit_linear_kernels()
 
 
+def is_ready_for(x: Tensor, packed: Tensor, scale: Tensor, norm_weight: Tensor) -> bool:
+    """Whether :func:`packed_forward` takes these at once: the kernel is built, nothing need be cast."""
+    return (
+        EXTENSION.ready
+        and x.is_cpu
+        and x.dtype is norm_weight.dtype is scale.dtype is torch.float32
+        and packed.dtype is torch.uint8
+        and x.shape[-1:] == norm_weight.shape == packed.shape[1:]
+    )
+
+
 def forward(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
     """As :func:`zoo.ops.bit_linear.vectorised.forward`; the weight is packed for the product."""
     scale = weight.abs().mean().clamp_min(1e-5)
@@ -27,6 +38,4 @@ def packed_forward(
     x: Tensor, packed: Tensor, scale: Tensor, norm_weight: Tensor, out_features: int, eps: float
 ) -> Tensor:
     """As :func:`zoo.ops.bit_linear.vectorised.packed_forward`."""
-    return torch.ops.zoo_cpu.packed_bit_linear.default(
-        x.contiguous(), packed.contiguous(), scale, norm_weight.contiguous(), out_features, eps
-    )
+    return torch.ops.zoo_cpu.packed_bit_linear.default(x, packed, scale, norm_weight, out_features, eps)
