@@ -418,6 +418,12 @@ def test_falls_back_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: 
         cpu.EXTENSION.forget()
 
 
+def test_tokens_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectorised, "TOKENS", 4)
+    inputs = make_inputs()
+    assert_same(with_gradients(bit_linear, inputs), with_gradients(bit_linear_reference, inputs))
+
+
 def test_slices_of_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vectorised, "SLICE", 3)
     x, weight, norm_weight = make_inputs(20, 30).values()

@@ -7,6 +7,7 @@ from torch import Tensor
 from zoo.ops.bit_linear.reference import quantise_activations, quantise_weight, rms_norm
 
 SLICE = 256  # packed rows that are unpacked at a time
+TOKENS = 512  # of which there are temporary tensors in the backward pass
 
 
 def forward(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
@@ -39,18 +40,21 @@ def packed_forward(
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float, *, weight_too: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of x, weight (if asked) and norm_weight; what was quantised is quantised again."""
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    normed = x * inverse
-    grad_weight = None
-    if weight_too:
-        codes, step = quantise_activations(normed * norm_weight)
-        grad_weight = grad.flatten(0, -2).T @ codes.mul_(step).flatten(0, -2)
-        del codes
+    """Gradients of x, weight (if asked) and norm_weight; what was quantised is quantised again, some tokens at a time."""
+    tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     ternary, scale = quantise_weight(weight)
-    grad_y = (grad @ ternary).mul_(scale)
-    del ternary
-    grad_norm = (grad_y * normed).flatten(0, -2).sum(0)
-    grad_normed = grad_y.mul_(norm_weight)
-    inner = (grad_normed * normed).mean(-1, keepdim=True)
-    return grad_normed.sub_(normed.mul_(inner)).mul_(inverse), grad_weight, grad_norm
+    ternary = ternary.mul_(scale)
+    grad_x, grad_norm = torch.empty_like(tokens), torch.zeros_like(norm_weight)
+    grad_weight = torch.zeros_like(weight) if weight_too else None
+    for x_, grad_, out in zip(tokens.split(TOKENS), grads.split(TOKENS), grad_x.split(TOKENS), strict=True):
+        inverse = torch.rsqrt(x_.square().mean(-1, keepdim=True) + eps)
+        normed = x_ * inverse
+        if grad_weight is not None:
+            codes, step = quantise_activations(normed * norm_weight)
+            grad_weight.addmm_(grad_.T, codes.mul_(step))
+        grad_y = grad_ @ ternary
+        grad_norm += (grad_y * normed).sum(0)
+        grad_normed = grad_y.mul_(norm_weight)
+        inner = (grad_normed * normed).mean(-1, keepdim=True)
+        torch.mul(grad_normed.sub_(normed.mul_(inner)), inverse, out=out)
+    return grad_x.view(x.shape), grad_weight, grad_norm
