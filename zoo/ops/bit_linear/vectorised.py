@@ -40,7 +40,7 @@ def packed_forward(
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float, *, weight_too: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of x, weight (if asked) and norm_weight; what was quantised is quantised again, some tokens at a time."""
+    """Gradients of x, weight (if asked) and norm_weight; what was quantised is quantised again, in parts of tokens."""
     tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     ternary, scale = quantise_weight(weight)
     ternary = ternary.mul_(scale)
