@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from zoo.config import ImageConfig, ModelConfig
 from zoo.errors import ConfigError, reason
+from zoo.layers.init import skip_init
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.convert import adapt_layout
 from zoo.pretrained.fetch import fetch
@@ -133,24 +135,27 @@ def create_model(
         source = weights_file(checkpoint)
     elif pretrained and weights is not None:
         source = fetch(weights)
-    model: Any = build(config, device=device if source is None else "meta", dtype=dtype)
+    with nullcontext() if source is None else skip_init():
+        model: Any = build(config, device=device if source is None else "meta", dtype=dtype)
     if isinstance(config, ImageConfig):
         described = weights or described_by(name)
         reduction = model.feature_info[-1]["reduction"]
         model.pretrained_cfg = model.default_cfg = pretrained_cfg(variant, described, config, reduction)
     if source is not None:
-        _fill(model, source, variant, device)
+        # A user may write to a file of their own while the model is in use; nobody writes to one of a cache.
+        kept = checkpoint is None and weights is not None and bool(weights.hub or weights.url or not outside)
+        _fill(model, source, variant, device, mapped=kept)
     return _feature_net(model, out_indices) if features_only else model
 
 
-def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device | None) -> None:
+def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device | None, *, mapped: bool) -> None:
     """Give a model on the meta device the tensors of a file: nothing is initialised only to be overwritten."""
     device = torch.device(device if device is not None else torch.get_default_device())
     if device.type == "meta":
         raise ConfigError("device is 'meta', which holds no values; expected a real device to load weights.")
     family = get_family(family_name(variant))
     packed = expect_packed(model, path)
-    fit_state_dict(model, adapt_layout(load_state_dict(path, device), family, model), family)
+    fit_state_dict(model, adapt_layout(load_state_dict(path, device, mapped=mapped), family, model), family)
     if packed:
         check_codes(model, path)
     if device.type != "cpu":

@@ -1,5 +1,7 @@
 """The shared layers, each against its definition or timm's."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from timm.layers import SqueezeExcite as TimmSqueezeExcite
@@ -21,6 +23,7 @@ from zoo.layers import (
     resize_bias_table,
 )
 from zoo.layers.attention_bias import offset_index
+from zoo.layers.init import skip_init
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
@@ -167,6 +170,28 @@ def test_squeeze_excite_is_timms() -> None:
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 24, 5, 5)
     assert_close(ours(x), theirs(x))
+    with torch.no_grad():
+        assert_close(ours.fuse()(x), theirs(x))
+
+
+def test_skip_init_leaves_values_alone_in_its_own_thread() -> None:
+    values = torch.full((3,), 7.0)
+    functions = dict(vars(nn.init))
+
+    def initialise(_: int) -> float:
+        return nn.init.ones_(torch.zeros(3)).sum().item()
+
+    with ThreadPoolExecutor(1) as other:
+        with skip_init():
+            with skip_init():
+                assert nn.init.ones_(values) is values
+            nn.init.zeros_(values)
+            assert values.tolist() == [7.0] * 3
+            assert list(other.map(initialise, range(1))) == [3.0]
+            assert nn.Linear(2, 2, device="meta").weight.is_meta
+        nn.init.zeros_(values)
+    assert values.tolist() == [0.0] * 3
+    assert dict(vars(nn.init)) == functions
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.9])

@@ -48,6 +48,20 @@ def test_what_is_read_does_not_change_with_the_file(file: Path, state: dict[str,
     assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
 
 
+def test_mapping_reads_the_same(file: Path, state: dict[str, Tensor]) -> None:
+    loaded = load_state_dict(file, mapped=True)
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
+    loaded["head.linear.weight"].zero_()  # the file stays as it is
+    assert torch.equal(load_state_dict(file)["head.linear.weight"], state["head.linear.weight"])
+
+
+def test_a_model_from_a_users_file_does_not_change_with_it(file: Path, state: dict[str, Tensor]) -> None:
+    model = zoo.create_model("efficientvit_m0", checkpoint=file)
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in state.items())
+
+
 def damage(file: Path, how: str) -> Path:
     """Make a file, or what is in its place, unreadable in one of several ways."""
     data = file.read_bytes()

@@ -8,9 +8,9 @@ from zoo.layers.layer_scale import LayerScale, LayerScale2d, fold_layer_scale
 from zoo.layers.linear import TruncNormalLinear
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm2d
-from zoo.layers.packed_conv import PackedConv2d, pack_convolutions
+from zoo.layers.packed import PackedConv2d, PackedLinear, fuse_activation, pack
 from zoo.layers.pool import GlobalPool
-from zoo.layers.squeeze_excite import SqueezeExcite, make_divisible
+from zoo.layers.squeeze_excite import FusedSqueezeExcite, SqueezeExcite, make_divisible
 from zoo.layers.stage import Stage
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "BitLinear",
     "ConvNorm",
     "DropPath",
+    "FusedSqueezeExcite",
     "GlobalPool",
     "LayerNorm2d",
     "LayerScale",
@@ -26,16 +27,18 @@ __all__ = [
     "NormLinear",
     "PackedBitLinear",
     "PackedConv2d",
+    "PackedLinear",
     "SqueezeExcite",
     "Stage",
     "TruncNormalLinear",
     "drop_path_rates",
     "fold_layer_scale",
     "fold_norm",
+    "fuse_activation",
     "fuse_batch_norm",
     "fuse_pairs",
     "make_divisible",
+    "pack",
     "pack_bit_linears",
-    "pack_convolutions",
     "resize_bias_table",
 ]

@@ -1,5 +1,8 @@
 """Linear layers."""
 
+from typing import Any
+
+import torch
 from torch import nn
 
 
@@ -10,3 +13,12 @@ class TruncNormalLinear(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+@torch.no_grad()
+def as_linear(conv: Any) -> nn.Linear:
+    """The linear layer that does what a 1x1 convolution does at one position, on the same bias."""
+    weight = conv.weight.flatten(1)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=conv.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.contiguous()), conv.bias
+    return linear.train(conv.training)

@@ -1,6 +1,10 @@
 """Squeeze-and-excitation."""
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from zoo.layers.linear import as_linear
 
 
 def make_divisible(value: float, divisor: int = 8, *, round_limit: float = 0.9) -> int:
@@ -25,3 +29,24 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)
         return x * self.fc2(self.act(self.fc1(gate))).sigmoid()
+
+    def fuse(self) -> "FusedSqueezeExcite":
+        return FusedSqueezeExcite(self.fc1, self.act, self.fc2)
+
+
+class FusedSqueezeExcite(nn.Module):
+    """Squeeze-and-excitation in eval mode: on one position, a 1x1 convolution is a linear layer, and that is faster.
+
+    ``[B, C, H, W] -> [B, C, H, W]``; ``inplace`` scales the input itself.
+    """
+
+    def __init__(self, reduce: Any, act: nn.Module, expand: Any, *, inplace: bool = False) -> None:
+        super().__init__()
+        self.reduce = as_linear(reduce)
+        self.act = act
+        self.expand = as_linear(expand)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.expand(self.act(self.reduce(x.mean((2, 3))))).sigmoid()[:, :, None, None]
+        return x.mul_(gate) if self.inplace else x * gate

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.config import ImageConfig
 from zoo.errors import ConfigError
-from zoo.layers import GlobalPool, fuse_batch_norm, pack_convolutions
+from zoo.layers import GlobalPool, fuse_batch_norm, pack
 from zoo.layers.init import reset_parameters
 
 
@@ -252,7 +252,7 @@ class Backbone(nn.Module):
         self.eval()
         fuse_batch_norm(self)
         self.fuse_ends()
-        pack_convolutions(self)
+        pack(self)
         return self if self.fused_memory_format is None else self.to(memory_format=self.fused_memory_format)
 
     @torch.jit.ignore

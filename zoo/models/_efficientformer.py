@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.config import ImageConfig
@@ -109,18 +108,12 @@ def _mean(first: Any, second: Any) -> nn.Linear:
     return mean.train(first.training)
 
 
-class PointwiseLinear(nn.Linear):
-    """A 1x1 convolution as a matrix product, which is faster on channels-last maps: ``[B, C, H, W]`` in and out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
-
-
 @torch.no_grad()
-def as_linear(*convs: Any) -> PointwiseLinear:
-    """The linear layer that does what a 1x1 convolution does, or several on one input, their outputs side by side."""
-    weight = torch.cat([conv.weight.flatten(1) for conv in convs])
-    linear = PointwiseLinear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    linear.weight.copy_(weight)
-    linear.bias.copy_(torch.cat([conv.bias for conv in convs]))
-    return linear.train(convs[0].training)
+def side_by_side(*convs: Any) -> nn.Conv2d:
+    """The 1x1 convolution that does what several on one input do, their outputs side by side."""
+    weight = torch.cat([conv.weight for conv in convs])
+    merged = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
+    assert merged.bias is not None
+    merged.weight.copy_(weight)
+    merged.bias.copy_(torch.cat([conv.bias for conv in convs]))
+    return merged.train(convs[0].training)

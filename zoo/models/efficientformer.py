@@ -30,7 +30,7 @@ from zoo.layers import (
     fold_norm,
     fuse_pairs,
 )
-from zoo.models._efficientformer import EfficientFormerBase, MapAttention, as_linear
+from zoo.models._efficientformer import EfficientFormerBase, MapAttention
 from zoo.registry import Family
 
 
@@ -111,9 +111,7 @@ class ConvMlp(nn.Sequential):
         self.norm2 = nn.BatchNorm2d(dim)
 
     def fuse(self) -> nn.Module:
-        return nn.Sequential(
-            as_linear(fold_norm(self.fc1, self.norm1)), self.act, as_linear(fold_norm(self.fc2, self.norm2))
-        )
+        return nn.Sequential(fold_norm(self.fc1, self.norm1), self.act, fold_norm(self.fc2, self.norm2))
 
 
 class Pooling(nn.Module):

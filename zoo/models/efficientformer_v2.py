@@ -18,7 +18,7 @@ from zoo.config import ImageConfig, axis, scale_part
 from zoo.errors import ConfigError
 from zoo.layers import ConvNorm, DropPath, LayerScale2d, Stage, drop_path_rates, fold_layer_scale
 from zoo.layers.conv_norm import scale_and_shift
-from zoo.models._efficientformer import EfficientFormerBase, MapAttention, as_linear
+from zoo.models._efficientformer import EfficientFormerBase, MapAttention, side_by_side
 from zoo.registry import Family
 
 
@@ -92,7 +92,7 @@ class ConvMlp(nn.Sequential):
         self.fc2 = ConvNorm(hidden, dim, bias=True)
 
     def fuse(self) -> nn.Module:
-        return nn.Sequential(as_linear(self.fc1), self.act1, self.mid, self.act2, as_linear(self.fc2))
+        return nn.Sequential(self.fc1, self.act1, self.mid, self.act2, self.fc2)
 
 
 class Attention2d(MapAttention):
@@ -164,13 +164,13 @@ class FusedAttention2d(MapAttention):
         self.reduction = attention.reduction
         self.stride_conv = attention.stride_conv
         self.upsample = attention.upsample
-        self.qk = as_linear(attention.q, attention.k)
-        self.v = as_linear(attention.v)
+        self.qk = side_by_side(attention.q, attention.k)
+        self.v = attention.v
         self.v_local = attention.v_local
         self.talking_head1 = attention.talking_head1
         self.talking_head2 = attention.talking_head2
         self.act = attention.act
-        self.proj = as_linear(attention.proj)
+        self.proj = attention.proj
 
         self.init_attention_bias(self.num_heads, attention.bias_hw)
         self.freeze_attention_bias()

@@ -25,6 +25,7 @@ from zoo.layers import (
     TruncNormalLinear,
     drop_path_rates,
     fold_layer_scale,
+    fuse_activation,
 )
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
@@ -69,8 +70,13 @@ class Context(nn.Module):
         self.g = TruncNormalLinear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(self.f(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.g(self.act(x))
+        x = self.act(self.conv(self.f(x).permute(0, 3, 1, 2)))
+        return self.g(x.permute(0, 2, 3, 1))
+
+    def fuse(self) -> "Context":
+        """Let the convolution take over the activation."""
+        fuse_activation(self, "act", "conv")
+        return self
 
 
 class ModulationMlp(nn.Module):

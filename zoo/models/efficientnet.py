@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import DropPath, drop_path_rates, fuse_pairs, make_divisible
+from zoo.layers import DropPath, FusedSqueezeExcite, drop_path_rates, fuse_activation, fuse_pairs, make_divisible
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
 from zoo.scaling.axes import EFFICIENTNET, Factors, resize
@@ -60,17 +60,26 @@ class SqueezeExcite(nn.Module):
         self.conv_reduce = nn.Conv2d(dim, hidden, 1)
         self.act = nn.SiLU(inplace=True)
         self.conv_expand = nn.Conv2d(hidden, dim, 1)
-        self.inplace = False
 
-    def fuse(self) -> "SqueezeExcite":
+    def fuse(self) -> FusedSqueezeExcite:
         """Scale in place, for inference only: the network's largest maps are not allocated a second time."""
-        self.inplace = True
-        return self
+        return FusedSqueezeExcite(self.conv_reduce, self.act, self.conv_expand, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3), keepdim=True)
-        gate = self.conv_expand(self.act(self.conv_reduce(gate))).sigmoid()
-        return x.mul_(gate) if self.inplace else x * gate
+        return x * self.conv_expand(self.act(self.conv_reduce(gate))).sigmoid()
+
+
+class FusedBottleneck(nn.Sequential):
+    """Either bottleneck below in eval mode: the layers in their order, and their input added where it is residual."""
+
+    def __init__(self, *layers: nn.Module, is_residual: bool) -> None:
+        super().__init__(*layers)
+        self.is_residual = is_residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return x + y if self.is_residual else y
 
 
 class DepthwiseSeparable(nn.Module):
@@ -89,10 +98,10 @@ class DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_dim)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def fuse(self) -> "DepthwiseSeparable":
+    def fuse(self) -> FusedBottleneck:
         """Fold the batch norms into the convolutions."""
         fuse_pairs(self, conv_dw="bn1", conv_pw="bn2")
-        return self
+        return FusedBottleneck(self.conv_dw, self.act, self.se, self.conv_pw, is_residual=self.is_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.se(self.act(self.bn1(self.conv_dw(x))))
@@ -130,10 +139,11 @@ class InvertedResidual(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_dim)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def fuse(self) -> "InvertedResidual":
+    def fuse(self) -> FusedBottleneck:
         """Fold the batch norms into the convolutions."""
         fuse_pairs(self, conv_pw="bn1", conv_dw="bn2", conv_pwl="bn3")
-        return self
+        layers = self.conv_pw, self.act, self.conv_dw, self.act, self.se, self.conv_pwl
+        return FusedBottleneck(*layers, is_residual=self.is_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(self.bn1(self.conv_pw(x)))
@@ -223,8 +233,11 @@ class EfficientNet(Backbone):
 
     @torch.jit.ignore
     def fuse_ends(self) -> None:
-        """Fold the first and the last batch norm."""
+        """Fold the first and the last batch norm, with the activations."""
         fuse_pairs(self, conv_stem="bn1", conv_head="bn2")
+        for conv, act in (("conv_stem", "act1"), ("conv_head", "act2")):
+            if isinstance(getattr(self, conv), nn.Conv2d):  # not pruned
+                fuse_activation(self, act, conv)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

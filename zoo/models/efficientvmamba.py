@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import ConvNorm, DropPath, LayerNorm2d, SqueezeExcite, Stage, drop_path_rates
+from zoo.layers import ConvNorm, DropPath, LayerNorm2d, SqueezeExcite, Stage, drop_path_rates, fuse_activation
 from zoo.models._backbone import Backbone
 from zoo.ops import selective_scan
 from zoo.registry import Family
@@ -193,6 +193,11 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.se(self.act(self.dw(self.act(self.expand(x)))))
         return x + self.drop_path(self.project(y))
+
+    def fuse(self) -> "InvertedResidual":
+        """Let the convolutions take over the activation."""
+        fuse_activation(self, "act", "expand", "dw")
+        return self
 
 
 class PatchMerging(nn.Module):

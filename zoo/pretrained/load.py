@@ -25,8 +25,14 @@ from zoo.registry import Family
 _logger = logging.getLogger(__name__)
 
 
-def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, device: str | torch.device = "cpu", *, mapped: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, on ``device``.
+
+    Args:
+        path: The file.
+        device: Where the tensors are to be.
+        mapped: Map the file into memory instead of reading it, which copies nothing. Only for files that nobody writes
+            to, such as those of a cache: the tensors would change with the file, or crash when it is cut short.
 
     Raises:
         WeightsError: If there is no such file, or it is damaged, or it is not safetensors, or not all of it is finite
@@ -40,8 +46,7 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu") -> dic
         )
     read_header(path)  # of two tensors with one name, safetensors takes the last
     try:
-        # Read, not mapped: a model built on a mapping would change, or crash, with the file under it.
-        state = load_file(path, device=str(device), backend="pread")
+        state = load_file(path, device=str(device), backend="mmap" if mapped else "pread")
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise WeightsError(
             f"{path}: not a whole safetensors file, perhaps a download cut short ({reason(error)})."

@@ -1,4 +1,4 @@
-"""The packed convolution is the plain one, whatever happens to its weight."""
+"""The packed layers are the plain ones, whatever happens to their weights."""
 
 import copy
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from zoo.layers import PackedConv2d, pack_convolutions
+from zoo.layers import PackedConv2d, PackedLinear, fuse_activation, pack
 
 CASES = [
     {"in_channels": 8, "out_channels": 12, "kernel_size": 1},
@@ -93,14 +93,72 @@ def test_programs_hold_a_plain_convolution() -> None:
     assert "_convolution_pointwise" not in str(traced.graph)
 
 
-def test_only_what_can_be_and_pays_is_packed() -> None:
+ACTIVATIONS = [nn.ReLU(), nn.GELU(), nn.Hardswish(), nn.SiLU(inplace=True)]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=lambda act: type(act).__name__)
+@pytest.mark.parametrize("side", [9, 256], ids=["matrix product", "oneDNN"])  # the two ways of a 1x1 convolution
+def test_takes_over_the_activation(act: nn.Module, side: int) -> None:
+    plain, _ = pair(0)
+    packed = PackedConv2d.of(copy.deepcopy(plain), act)
+    x = images(1, side).to(memory_format=torch.channels_last)
+    expected = act(plain(x))
+    with torch.no_grad():
+        assert_close(packed(x), expected)
+        scripted = torch.jit.script(packed)
+        assert_close(scripted(x), expected)
+    assert packed._packed is not None
+    assert_close(packed(x), expected)  # with gradients: the plain way
+
+
+@pytest.mark.parametrize("act", [None, *ACTIVATIONS], ids=lambda act: type(act).__name__)
+def test_linear(act: nn.Module | None) -> None:
+    torch.manual_seed(0)
+    plain, x = nn.Linear(24, 40), torch.randn(2, 7, 24)
+    packed = PackedLinear.of(copy.deepcopy(plain), act)
+    follow = act or nn.Identity()
+    with torch.no_grad():
+        for _ in range(2):
+            for inputs in (x, x[:1], x[0, 0], x[:, ::2]):
+                assert_close(packed(inputs), follow(plain(inputs)))
+            plain.weight.mul_(2)
+            packed.weight.mul_(2)
+        assert packed._packed is not None
+        assert copy.deepcopy(packed)._packed is None
+        assert_close(torch.jit.script(packed)(x), follow(plain(x)))
+    packed(x).sum().backward()
+    assert packed.weight.grad is not None
+
+
+def test_an_activation_that_onednn_has_not_stays() -> None:
+    model = pack(nn.Sequential(nn.Conv2d(8, 8, 1), nn.GELU(approximate="tanh"), nn.Conv2d(8, 8, 1), nn.Sigmoid()))
+    assert [type(layer) for layer in model] == [PackedConv2d, nn.GELU, PackedConv2d, nn.Sigmoid]
+
+
+def test_one_activation_after_two_convolutions() -> None:
+    relu = nn.ReLU()
+    model = pack(nn.Sequential(nn.Conv2d(8, 8, 1), relu, nn.Conv2d(8, 8, 1), relu))
+    assert [type(layer) for layer in model] == [PackedConv2d, nn.Identity, PackedConv2d, nn.Identity]
+    assert model[0].act == model[2].act == "relu"
+
+
+def test_fuse_activation_happens_once() -> None:
+    block = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 1), "act": nn.ReLU()})
+    for _ in range(2):
+        fuse_activation(block, "act", "conv")
+        assert isinstance(block["act"], nn.Identity)
+        assert block["conv"].act == "relu"
+
+
+def test_what_can_be_packed_and_pays_is() -> None:
     model = nn.Sequential(
-        nn.Conv2d(256, 256, 1),
         nn.Conv2d(8, 8, 1),
-        nn.Sequential(nn.Conv2d(256, 256, 3, padding="same")),
-        nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular"),
-        nn.ConvTranspose2d(256, 256, 1),
+        nn.Sequential(nn.Conv2d(8, 8, 3, padding="same")),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+        nn.ConvTranspose2d(8, 8, 1),
+        nn.Linear(1024, 1024),
+        nn.Linear(8, 8),
     )
-    pack_convolutions(model)
+    pack(model)
     layers = [layer for layer in model.modules() if not isinstance(layer, nn.Sequential)]
-    assert [isinstance(layer, PackedConv2d) for layer in layers] == [True, False, False, False, False]
+    assert [isinstance(layer, PackedConv2d | PackedLinear) for layer in layers] == [True, *[False] * 3, True, False]

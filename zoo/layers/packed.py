@@ -1,0 +1,235 @@
+"""Convolutions and linear layers for inference on CPUs: weights as oneDNN wants them, activations in the same operator.
+
+oneDNN works on weights in a layout of its own. PyTorch's layers bring them into it in every call, which at batch 1 is a
+good part of the work; what is here does so once. Only plain eager inference in float32 on a CPU takes this way:
+elsewhere, in training, autocast, tracing, export, scripting and compiling, the layers are PyTorch's own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Calling oneDNN costs 20 to 30 microseconds more than calling BLAS, and gives more speed: that pays from about this
+# many multiply-accumulates of a 1x1 convolution on, and this many numbers in the weight of a linear layer.
+_MIN_MACS = 8e6
+_MIN_LINEAR_NUMEL = 2**18
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.Hardswish: "hardswish", nn.SiLU: "swish"}  # oneDNN's names
+
+_reorder_conv: Any = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)  # in no build without oneDNN
+
+
+def activation_name(module: nn.Module) -> str:
+    """What oneDNN calls an activation; ``""`` for one that it does not have."""
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return ""
+    return _ACTIVATIONS.get(type(module), "")
+
+
+def _activate(x: Tensor, act: str) -> Tensor:
+    """An activation by oneDNN's name, not in place, so that it can be trained through."""
+    if act == "relu":
+        return F.relu(x)
+    if act == "gelu":
+        return F.gelu(x)
+    if act == "hardswish":
+        return F.hardswish(x)
+    if act == "swish":
+        return F.silu(x)
+    return x
+
+
+_ACTIVATE_IN_PLACE: dict[str, Any] = {
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_.default,
+    "hardswish": torch.ops.aten.hardswish_.default,
+    "swish": torch.ops.aten.silu_.default,
+}
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution and an activation, ``[B, Cin, H, W] -> [B, Cout, H', W']``, the same up to rounding.
+
+    What is packed follows the weight when that changes, belongs to no state dict or copy, and takes as much memory
+    again. Small 1x1 convolutions on channels-last maps run as matrix products, where nothing is packed.
+
+    Attributes:
+        act: ``"relu"``, ``"gelu"``, ``"hardswish"``, ``"swish"``, or ``"none"``.
+    """
+
+    act: str = "none"
+    _packed: Any = (
+        None  # (address of the weight, its version, shape of the input, how to run it, what holds the weight)
+    )
+
+    @classmethod
+    def of(cls, conv: Any, act: nn.Module | None = None) -> "PackedConv2d":
+        """The same convolution, on the same parameters, and the activation after it."""
+        packed = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        packed.weight, packed.bias = conv.weight, conv.bias
+        packed.act = "none" if act is None else activation_name(act)
+        assert packed.act, f"oneDNN has no {act}"
+        return packed.train(conv.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._convolve(input)
+        else:  # TorchScript does not compile this branch
+            if _is_plain_inference(input, self._parameters["weight"]):
+                return self._convolve_packed(input)
+            return self._convolve(input)
+
+    def _convolve(self, input: Tensor) -> Tensor:
+        return _activate(self._conv_forward(input, self.weight, self.bias), self.act)
+
+    @torch.jit.unused
+    def _convolve_packed(self, input: Tensor) -> Tensor:
+        weight, shape, found = self._parameters["weight"], input.shape, self._packed
+        assert weight is not None
+        version = -1 if weight.is_inference() else weight._version
+        if found is None or found[:3] != (weight.data_ptr(), version, shape):
+            # The weight is held, so that its address cannot become another's.
+            held = weight.detach()
+            found = self._packed = (held.data_ptr(), version, shape, *self._pack(held, input), held)
+        bias = self._parameters["bias"]
+        if found[3] is None:
+            y = F.linear(input.permute(0, 2, 3, 1), found[4], bias).permute(0, 3, 1, 2)
+            return y if self.act == "none" else _ACTIVATE_IN_PLACE[self.act](y)
+        y = torch.ops.mkldnn._convolution_pointwise.default(input, found[4], bias, *found[3])
+        return F.silu(y, inplace=True) if self.act == "swish" else y
+
+    def _pack(self, weight: Tensor, input: Tensor) -> tuple[Any, Tensor]:
+        """Arguments of oneDNN's convolution, None for a matrix product, and the weight as either needs it."""
+        padding, stride, dilation, groups = list(self.padding), list(self.stride), list(self.dilation), self.groups
+        if (
+            self.kernel_size == self.stride == (1, 1)
+            and padding == [0, 0]
+            and groups == 1
+            and input.ndim == 4
+            and input.numel() * self.out_channels < _MIN_MACS
+            and input.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return None, weight.flatten(1)
+        packed = _reorder_conv(weight.to_mkldnn(), padding, stride, dilation, groups, list(input.shape))
+        act = "none" if self.act == "swish" else self.act  # PyTorch's is faster than oneDNN's
+        return (padding, stride, dilation, groups, act, (), "none" if act == "gelu" else ""), packed
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer and an activation, ``[..., Cin] -> [..., Cout]``; see :class:`PackedConv2d`."""
+
+    act: str = "none"
+    _packed: Any = None  # (address of the weight, its version, rows of the input, packed, the weight)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, act: nn.Module | None = None) -> "PackedLinear":
+        """The same layer, on the same parameters, and the activation after it."""
+        packed = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        packed.weight, packed.bias = linear.weight, linear.bias
+        packed.act = "none" if act is None else activation_name(act)
+        assert packed.act, f"oneDNN has no {act}"
+        return packed.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return _activate(F.linear(input, self.weight, self.bias), self.act)
+        else:  # TorchScript does not compile this branch
+            if _is_plain_inference(input, self._parameters["weight"]):
+                return self._multiply_packed(input)
+            return _activate(F.linear(input, self.weight, self.bias), self.act)
+
+    @torch.jit.unused
+    def _multiply_packed(self, input: Tensor) -> Tensor:
+        weight, rows, found = self._parameters["weight"], input.numel() // input.shape[-1], self._packed
+        assert weight is not None
+        version = -1 if weight.is_inference() else weight._version
+        if found is None or found[:3] != (weight.data_ptr(), version, rows):
+            held = weight.detach()
+            packed = torch.ops.mkldnn._reorder_linear_weight(held, rows)
+            found = self._packed = (held.data_ptr(), version, rows, packed, held)
+        algorithm = "none" if self.act == "gelu" else ""
+        return torch.ops.mkldnn._linear_pointwise.default(
+            input, found[3], self._parameters["bias"], self.act, (), algorithm
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+def _is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
+    if torch.is_grad_enabled() or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return False
+    return bool(
+        type(x) is Tensor  # neither a fake tensor nor one of FX
+        and weight is not None
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and weight.is_cpu
+        and weight.dtype is torch.float32
+        and x.numel()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_mkldnn_enabled()
+        and _reorder_conv is not None
+    )
+
+
+def fuse_activation(module: nn.Module, act: str, *convs: str) -> None:
+    """Let convolutions, by attribute, take over the activation that ``module.<act>`` applies after each, in place.
+
+    An identity takes the activation's place.
+    """
+    activation = getattr(module, act)
+    if isinstance(activation, nn.Identity):  # fused before
+        return
+    for conv in convs:
+        setattr(module, conv, PackedConv2d.of(getattr(module, conv), activation))
+    setattr(module, act, nn.Identity())
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Put, in place, a packed layer wherever there is a convolution that pads with zeros, or a large linear layer.
+
+    In an ``nn.Sequential``, one takes over the activation after it, and leaves an identity in its place.
+    """
+    children: list[Any] = list(model._modules.items())  # named_children() leaves out what comes a second time
+    followers: list[Any] = [child for _, child in children[1:]] if isinstance(model, nn.Sequential) else []
+    for i, (name, child) in enumerate(children):
+        packed = _packed_class(child)
+        if packed is None:
+            pack(child)
+            continue
+        follower = followers[i] if i < len(followers) else None
+        act = follower if follower is not None and activation_name(follower) else None
+        setattr(model, name, packed.of(child, act))
+        if act is not None:
+            setattr(model, children[i + 1][0], nn.Identity())
+    return model
+
+
+def _packed_class(layer: Any) -> Any:
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return PackedConv2d
+    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+        return PackedLinear if layer.weight.numel() >= _MIN_LINEAR_NUMEL else None
+    return None
