@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import zoo
+from zoo.errors import ShapeError
 
 MODELS = zoo.list_models(task="image-classification")
 SIDE = 64  # of most inputs here; small, and most stages still have a map
@@ -134,6 +135,17 @@ def test_input_channels(name: str, in_chans: int) -> None:
     model = zoo.create_model(name, in_chans=in_chans, num_classes=3).eval()
     assert model(images(channels=in_chans)).shape == (2, 3)
     assert model.pretrained_cfg["input_size"][0] == in_chans
+
+
+def test_images_that_do_not_fit_are_refused(name: str) -> None:
+    model = zoo.build(zoo.get_config(name).override(num_classes=3), device="meta").eval()
+    side = model.min_input_side
+    assert model(torch.empty(1, 3, side, side, device="meta")).shape == (1, 3)
+    for shape in [(1, 3, side - 1, SIDE), (1, 3, SIDE, side - 1), (1, 1, SIDE, SIDE), (3, SIDE, SIDE)]:
+        images = torch.empty(shape, device="meta")
+        for run in (model, model.forward_features, model.forward_intermediates):
+            with pytest.raises(ShapeError, match=rf"Images are \[.*\]; .*at least {side} pixels"):
+                run(images)
 
 
 def test_no_classifier(name: str) -> None:

@@ -212,7 +212,8 @@ def pack(model: nn.Module) -> nn.Module:
 
     In an ``nn.Sequential``, one takes over the activation after it, and leaves an identity in its place.
     """
-    children: list[Any] = list(model._modules.items())  # named_children() leaves out what comes a second time
+    # named_children() leaves out what comes a second time, as an activation does.
+    children: list[Any] = [(name, child) for name, child in model._modules.items() if child is not None]
     followers: list[Any] = [child for _, child in children[1:]] if isinstance(model, nn.Sequential) else []
     for i, (name, child) in enumerate(children):
         packed = _packed_class(child)

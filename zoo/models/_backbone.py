@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.config import ImageConfig
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, ShapeError
 from zoo.layers import GlobalPool, fuse_batch_norm, pack
 from zoo.layers.init import reset_parameters
 
@@ -28,6 +28,7 @@ class Backbone(nn.Module):
     Attributes:
         config: The config this was built from.
         num_classes: Classes of the current classifier, 0 for none.
+        min_input_side: The fewest pixels a side that the network can stride down.
         num_features: Channels of ``forward_features``.
         head_hidden_size: Width of ``forward_head(..., pre_logits=True)``.
         feature_info: Per level, a dict with ``num_chs``, ``reduction`` (stride) and ``module``.
@@ -64,6 +65,7 @@ class Backbone(nn.Module):
         """
         self.config = config
         self.in_chans = config.in_chans
+        self.min_input_side = config.min_input_side
         self.num_classes = config.num_classes
         self.drop_rate = config.drop_rate
         self.grad_checkpointing = False
@@ -107,6 +109,8 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features ``[B, num_features, H / stride, W / stride]``."""
+        if not torch.jit.is_scripting():
+            self.check_images(x)
         x = self.forward_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for stage in getattr(self, self.stages_name):
@@ -151,6 +155,7 @@ class Backbone(nn.Module):
         stages = getattr(self, self.stages_name)
         last = len(stages) - 1
         intermediates: list[Tensor] = []
+        self.check_images(x)
         x = self.forward_stem(x)
         for i, stage in enumerate(stages):
             if stop_early and i > max(chosen):
@@ -162,6 +167,25 @@ class Backbone(nn.Module):
             return intermediates
         return self.forward_final(x), intermediates
 
+    @torch.jit.unused
+    def check_images(self, x: Tensor) -> None:
+        """Refuse what is no batch of images, or has fewer pixels than the network can stride down.
+
+        Programs that are traced, exported or compiled do not check: they would hold the check as a condition.
+
+        Raises:
+            ShapeError: With what was expected.
+        """
+        shape = x.shape
+        if type(shape) is not torch.Size or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+            return  # the first is FX's
+        side = self.min_input_side
+        if len(shape) != 4 or shape[1] != self.in_chans or shape[2] < side or shape[3] < side:
+            raise ShapeError(
+                f"Images are {list(shape)}; expected [batch, {self.in_chans}, height, width], "
+                f"with at least {side} pixels on each side."
+            )
+
     # Changing a built model.
 
     def prune_intermediate_layers(
@@ -172,6 +196,7 @@ class Backbone(nn.Module):
         stages = getattr(self, self.stages_name)
         kept = self.taps[max(chosen)] + 1
         shortened = kept < len(stages)
+        self.min_input_side = min(self.min_input_side, self.feature_info[max(chosen)]["reduction"])
         setattr(self, self.stages_name, stages[:kept])
         if prune_norm or shortened:
             self.prune_norm()
