@@ -1,6 +1,7 @@
 """Forward passes of zoo's image models against timm's with the same weights, on this machine, side by side.
 
     python scripts/benchmark_vision.py [MODEL ...] [--every-variant] [--batch 1 32] [--threads 2] [--clock wall]
+    python scripts/benchmark_vision.py --every-variant --part 1/6    # the same in six pieces, of about equal work
 
 zoo's model is fused; timm's is as ``timm.create_model`` gives it, and once more in channels-last, since some of its
 models are faster so. A model that timm has not is compared with zoo's own before ``fuse()``. Without arguments, the
@@ -39,6 +40,12 @@ def middle_variants() -> list[str]:
     return [variants[(len(variants) - 1) // 2] for _, variants in sorted(families.items())]
 
 
+def part(names: list[str], piece: str) -> list[str]:
+    """Every n-th model by MACs, so that the pieces take about as long as each other."""
+    index_of, pieces = map(int, piece.split("/"))
+    return sorted(names, key=lambda name: index()[name]["macs"])[index_of - 1 :: pieces] if pieces > 1 else names
+
+
 def make_rivals(name: str) -> dict[str, nn.Module]:
     """zoo's fused model first, then what it is compared with; all of one set of weights."""
     torch.manual_seed(0)
@@ -75,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="the middle variant of each family by default")
     parser.add_argument("--every-variant", action="store_true")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only the I-th of N pieces of the models")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
@@ -89,7 +97,7 @@ def main() -> None:
     print(f"load average {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores\n")
     print("| model | batch | zoo (ms) | spread | against | its ms | its spread | zoo is faster by |")
     print("|---|---:|---:|---:|---|---:|---:|---:|")
-    for name in options.models or (MODELS if options.every_variant else middle_variants()):
+    for name in part(options.models or (MODELS if options.every_variant else middle_variants()), options.part):
         rivals = make_rivals(name)
         for batch in options.batch:
             images = torch.randn(batch, 3, *zoo.get_config(name).input_hw)

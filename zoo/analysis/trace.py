@@ -26,11 +26,11 @@ from zoo.analysis.benchmark import CLOCKS
 # packs a weight, once.
 _FREE = {
     *("_unsafe_view", "detach", "alias", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided"),
-    *("to_mkldnn", "mkldnn_reorder_conv2d_weight"),
+    *("to_mkldnn", "mkldnn_reorder_conv2d_weight", "_reorder_linear_weight"),
 }
 
 _KINDS = {
-    "matmul": "mm addmm bmm baddbmm linear mv dot",
+    "matmul": "mm addmm bmm baddbmm linear mv dot _linear_pointwise",
     "norm": "native_batch_norm _native_batch_norm_legit_no_training native_layer_norm native_group_norm "
     "cudnn_batch_norm _fused_rms_norm rms_norm",
     "softmax": "_softmax _log_softmax",
@@ -195,10 +195,16 @@ def _packed_conv_flops(x: Any, weight: Any, *args: Any, out_val: Any = None, **_
     return conv_flop_count(x.shape, weight.shape, out_val.shape)
 
 
+def _packed_linear_flops(x: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    return 2 * out_val.numel() * x.shape[-1]
+
+
 def _own_formula(name: str) -> Callable[..., int] | None:
     """For the kernels that run on CPUs, which torch's registry does not know."""
     if name == "_convolution_pointwise":
         return _packed_conv_flops
+    if name == "_linear_pointwise":
+        return _packed_linear_flops
     return _attention_flops if name.startswith("_scaled_dot_product") else None
 
 

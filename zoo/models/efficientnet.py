@@ -78,7 +78,9 @@ class FusedBottleneck(nn.Sequential):
         self.is_residual = is_residual
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = x
+        for layer in self:
+            y = layer(y)
         return x + y if self.is_residual else y
 
 
