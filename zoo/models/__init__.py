@@ -13,5 +13,6 @@ MODULES = {
     "efficientvmamba": "zoo.models.efficientvmamba",
     "lowformer": "zoo.models.lowformer",
     "matmulfree": "zoo.models.matmulfree",
+    "mixture_of_recursions": "zoo.models.mixture_of_recursions",
     "tinynet": "zoo.models.tinynet",
 }

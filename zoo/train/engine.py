@@ -277,6 +277,8 @@ class _Run:
         rate = self._set_learning_rate()
         # Dropout and stochastic depth draw from here: a function of the step alone.
         torch.manual_seed(derive_seed(self.recipe.seed, self.step, accelerator.process_index))
+        if set_step := getattr(self.plain_model, "set_step", None):
+            set_step(self.step)  # what changes over training, such as capacities, is a function of the step too
         loss = self._optimiser_step(batches)
         self._unchecked.append((self.step, rate, loss))
         self.step += 1

@@ -98,14 +98,19 @@ class TextScoring:
 
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits ``[B, T, vocab_size]`` of a model that returns them, or an object with ``logits``.
+    """Logits ``[B, T, vocab_size]`` of a model that returns them, or an object with ``logits``."""
+    return next_token_answer(model, batch)[0]
+
+
+def next_token_answer(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """:func:`next_token_logits`, and what the model wants added to the loss in training, a scalar, or None.
 
     ``position_ids``, which tell where a document begins, go to every model that takes them.
     """
     plain = getattr(model, "module", model)  # in a distributed wrapper
     options = {"position_ids": batch.positions} if _takes(plain, "position_ids") else {}
     answer = model(batch.inputs, **options)
-    return answer if isinstance(answer, Tensor) else answer.logits
+    return (answer, None) if isinstance(answer, Tensor) else (answer.logits, getattr(answer, "router_loss", None))
 
 
 def _takes(model: nn.Module, argument: str) -> bool:

@@ -29,7 +29,7 @@ from zoo.train.recipe import Data, Recipe
 from zoo.train.report import Page, confusion_picture, mistakes_picture
 from zoo.train.run_folder import ModelRecord, RunFolder, write_file
 from zoo.train.schedule import img_size_at
-from zoo.train.scoring import ImageScoring, Scoring, TextScoring, next_token_logits
+from zoo.train.scoring import ImageScoring, Scoring, TextScoring, next_token_answer, next_token_logits
 
 _MISTAKES = 15  # pictures of a report
 _TEXTS, _WRITTEN = 3, 200  # texts of a report, and the tokens that are written for each
@@ -211,14 +211,15 @@ class LanguageModelling(Task):
         return (train, open_tokens(data, data.val_split)) if data.val_split else train.split(data.holdout)
 
     def losses(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
-        logits = next_token_logits(model, batch)
+        logits, router_loss = next_token_answer(model, batch)
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
         # Each row counts equally, so that neither passes nor processes need to know each other's numbers of targets;
         # rows differ by the few tokens that end a document.
         counted = (batch.targets != IGNORED).sum(1).clamp(min=1)
-        return losses.view(batch.targets.shape).sum(1) / counted
+        losses = losses.view(batch.targets.shape).sum(1) / counted
+        return losses if router_loss is None else losses + router_loss
 
     def write_record(self, folder: RunFolder, config: Any) -> None:
         ModelRecord(self.recipe.model.name, config, None, (), tokenizer=self.tokens.tokenizer).write(folder)

@@ -1,0 +1,298 @@
+"""Mixture-of-Recursions: equal to the released code in training, causal in decoding, as cheap as its routers say."""
+
+import dataclasses
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import zoo
+from zoo.models.mixture_of_recursions import MixtureOfRecursionsConfig
+
+pytest.importorskip("transformers")
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 8,
+    "num_recursions": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.3,  # so that routers and layers count
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "expert": {},
+    "cycle": {"sharing": "cycle", "num_hidden_layers": 6},
+    "first": {"capacities": (0.8, 0.5, 0.5), "thresholds": (0.3, 0.4, 0.5), "alpha": 0.5},
+    "aux_router": {"aux_router": True, "router_form": "mlp"},
+    "ungated": {"gating": "none", "num_hidden_layers": 5, "share_norms": False},
+    "share": {"kv_mode": "share"},
+    "update": {"kv_mode": "update"},
+    "token": {"router": "token", "alpha": 1.0},
+    "loss_free": {"router": "token", "alpha": 1.0, "balancing": "loss_free", "kv_mode": "share"},
+    "none": {"router": "none"},
+    "relaxed": {"router": "none", "lora_rank": 2, "sharing": "middle_sequence"},
+    "multi_query": {"num_key_value_heads": 1, "num_recursions": 2, "num_hidden_layers": 6, "router_temperature": 2.0},
+}
+
+
+def make(variant: str = "expert", *, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = zoo.build(MixtureOfRecursionsConfig(**{**SMALL, **VARIANTS[variant], **changes}), dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora.up" in name:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 17, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, SMALL["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the released code
+
+
+def golden_model(golden: ModuleType, case: dict, **fields: Any) -> Any:
+    given = case["config"]
+    names = {spec.name for spec in dataclasses.fields(MixtureOfRecursionsConfig)} & set(given)
+    config = MixtureOfRecursionsConfig(
+        **{name: given[name] for name in names},
+        num_recursions=given["recursive"]["num_recursion"],
+        sharing=given["recursive"]["sharing"],
+        **fields,
+    )
+    model = zoo.build(config)
+    state = {our_name(key, config): tensor for key, tensor in golden.make_state(case["state"]).items()}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    assert sum(parameter.numel() for parameter in model.parameters()) == case["params"]
+    return model
+
+
+def our_name(key: str, config: MixtureOfRecursionsConfig) -> str:
+    """Of a released parameter: layers are numbered after unrolling, routers lie in their recursions."""
+    layer = re.match(r"model\.layers\.(\d+)\.(.*)", key)
+    if layer is None:
+        return key
+    number, rest = int(layer[1]), layer[2]
+    if config.router == "none":
+        return f"model.layers.{config.block_of[number]}.{rest}"
+    if rest.startswith("mor_router.router"):
+        return f"model.routers.{number - 1}{rest.removeprefix('mor_router.router')}"
+    block = re.match(r"block\.(\d+)\.(.*)", rest)
+    if block:
+        return f"model.layers.{1 + int(block[1])}.{block[2]}"
+    return f"model.layers.{0 if number == 0 else 1 + config.base_depth}.{rest}"
+
+
+@pytest.fixture(scope="module")
+def released(golden: ModuleType, shared: Path) -> Any:
+    def load(name: str, **fields: Any) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
+        path = shared / "golden" / f"{name}.json"
+        case = golden.load_case(path)
+        return golden_model(golden, case, **fields), golden.make_input(case["input"]), golden.load_outputs(path)
+
+    return load
+
+
+CASES = {"mor_recursive_r2": {"router": "none"}, "mor_expert_r3": {"router": "expert"}}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_loss_and_gradients_are_the_released_codes(released: Any, name: str) -> None:
+    model, ids, expected = released(name, **CASES[name])
+    with model.routing("topk"), torch.no_grad():
+        assert_close(model.eval()(ids).logits, expected["logits"], atol=1e-4, rtol=0)
+    out = model.train()(ids, labels=ids)
+    cross_entropy = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert_close(cross_entropy, expected["loss"][0], atol=1e-5, rtol=0)
+    out.loss.backward()
+    gradients = [key.removeprefix("grad.") for key in expected if key.startswith("grad.")]
+    assert len(gradients) >= 2
+    for key in gradients:
+        gradient = model.get_parameter(our_name(key, model.model.config)).grad
+        assert_close(gradient, expected[f"grad.{key}"], atol=1e-6, rtol=0)
+
+
+def test_selection_and_router_losses_are_the_released_codes(released: Any) -> None:
+    model, ids, expected = released("mor_expert_r3", **CASES["mor_expert_r3"])
+    record = model.train()(ids, labels=ids).routing
+    for recursion in range(3):
+        assert torch.equal(record.selected[recursion], expected[f"selected_{recursion}"])
+        assert_close(record.logits[recursion], expected[f"router_logits_{recursion}"], atol=1e-5, rtol=0)
+    assert_close(record.aux_loss, expected["sampling_loss"][0], atol=1e-5, rtol=0)
+    assert_close(record.accuracy.float(), expected["sampling_acc"][0], atol=1e-5, rtol=0)
+    assert_close(record.z_loss, expected["router_z_loss"][0], atol=1e-5, rtol=0)
+
+
+def test_decoding_with_every_recursion_is_the_released_codes(released: Any) -> None:
+    model, ids, expected = released("mor_expert_r3", **CASES["mor_expert_r3"])
+    cache = model.eval().make_cache()
+    with model.routing("topk"), torch.no_grad():
+        model(ids[:, :24], past_key_values=cache)
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(24, 32)]
+    assert_close(torch.cat(steps, 1), expected["logits_cached_decode"], atol=1e-4, rtol=0)
+
+
+# ---- causal inference and caches
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_with_a_cache_are_one_causal_pass(variant: str) -> None:
+    model, ids = make(variant), tokens(3)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False)
+        cache = model.make_cache()
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 5), (5, 6), (6, 11), (11, 12))]
+        parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(12, 17)]
+    assert_close(torch.cat(parts, 1), whole.logits, atol=1e-10, rtol=0)
+    assert torch.equal(cache.state.depths.long(), whole.routing.depths)
+    if VARIANTS[variant].get("router") != "none":
+        assert len(set(whole.routing.depths.flatten().tolist())) > 1, "every token took the same depth: tests nothing"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_later_token_changes_an_earlier_logit(variant: str) -> None:
+    model, ids = make(variant), tokens()
+    other = torch.cat([ids[:, :9], tokens(seed=1)[:, 9:]], 1)
+    with torch.no_grad():
+        assert_close(model(other).logits[:, :9], model(ids).logits[:, :9], atol=1e-12, rtol=0)
+
+
+def test_topk_is_not_causal() -> None:
+    """Which is why evaluation does not use it."""
+    model, ids = make(), tokens()
+    other = torch.cat([ids[:, :9], tokens(seed=1)[:, 9:]], 1)
+    with torch.no_grad(), model.routing("topk"):
+        assert (model(other).logits[:, :9] - model(ids).logits[:, :9]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_padding_changes_nothing(variant: str, mode: str) -> None:
+    """Left or right, in training too: its tokens count for no capacity and are seen by nobody."""
+    model = make(variant).train(mode == "train")
+    first, second = tokens(1, 17), tokens(1, 11, seed=1)
+    for left in (True, False):
+        ids, mask = torch.zeros(2, 17, dtype=torch.int64), torch.zeros(2, 17, dtype=torch.int64)
+        part = slice(6, 17) if left else slice(0, 11)
+        ids[0], ids[1, part], mask[0], mask[1, part] = first[0], second[0], 1, 1
+        with torch.no_grad():
+            both = model(ids, attention_mask=mask).logits
+            assert_close(both[:1], model(first).logits, atol=1e-10, rtol=0)
+            assert_close(both[1:, part], model(second).logits, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_documents_are_separate(variant: str) -> None:
+    model = make(variant)
+    first, second = tokens(1, 7), tokens(1, 10, seed=1)
+    positions = torch.cat([torch.arange(7), torch.arange(10)])[None]
+    with torch.no_grad():
+        packed = model(torch.cat([first, second], 1), position_ids=positions).logits
+        assert_close(packed[:, :7], model(first).logits, atol=1e-10, rtol=0)
+        assert_close(packed[:, 7:], model(second).logits, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["expert", "share", "token"])
+def test_packed_documents_do_not_see_each_other_in_training(variant: str) -> None:
+    model = make(variant).train()
+    ids, positions = tokens(2, 16), torch.cat([torch.arange(7), torch.arange(9)])[None].expand(2, -1)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embedded, position_ids=positions).logits[:, 7:].sum().backward()
+    assert not embedded.grad[:, :7].any()
+    assert embedded.grad[:, 7:].any()
+
+
+@pytest.mark.parametrize("variant", ["expert", "cycle", "share", "update", "token", "none"])
+def test_cache_holds_what_the_formula_says(variant: str) -> None:
+    model, ids = make(variant, dtype=torch.float32), tokens(1, 33)
+    cache = model.make_cache()
+    with torch.no_grad():
+        out = model(ids, past_key_values=cache)
+    expected = model.model.config.kv_bytes_per_token(out.routing.mean_depth, itemsize=4) * 33
+    assert cache.state.nbytes == round(expected)
+    assert cache.state.nbytes_allocated == cache.state.nbytes
+    with torch.no_grad():  # padding is not stored
+        padded = model.make_cache()
+        mask = torch.cat([torch.zeros(1, 9), torch.ones(1, 33)], 1)
+        model(torch.cat([tokens(1, 9, seed=3), ids], 1), attention_mask=mask, past_key_values=padded)
+    assert padded.state.nbytes == cache.state.nbytes
+
+
+def test_cache_memory_falls_with_the_capacities() -> None:
+    config = MixtureOfRecursionsConfig()
+    vanilla = config.override(router="none")
+    assert config.kv_bytes_per_token() / vanilla.kv_bytes_per_token() == pytest.approx((2 + 10 * 2) / 32)
+    assert config.override(kv_mode="share").kv_bytes_per_token() / vanilla.kv_bytes_per_token() == 12 / 32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cropped_and_reordered_caches_continue(variant: str) -> None:
+    model, ids = make(variant), tokens(3, 12)
+    order = torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        cache = model.make_cache()
+        model(ids, past_key_values=cache)
+        cache.crop(-5)
+        cache.reorder_cache(order)
+        assert cache.get_seq_length() == 7
+        continued = torch.cat([ids[order, :7], tokens(3, 4, seed=5)], 1)
+        after = model(continued[:, 7:], past_key_values=cache).logits
+        assert_close(after, model(continued).logits[:, 7:], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["expert", "share", "token"])
+def test_generates_alike_with_and_without_cache(variant: str) -> None:
+    model = make(variant)
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, :4] = 0
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **options))
+    alone = model.generate(ids[1:, 4:], **options)
+    assert torch.equal(cached[1:, 9:], alone[:, 5:])
+    beams = model.generate(ids, attention_mask=mask, num_beams=2, **options)
+    assert torch.equal(beams, model.generate(ids, attention_mask=mask, num_beams=2, use_cache=False, **options))
+
+
+def test_all_tokens_may_exit_at_once() -> None:
+    model = make("expert", thresholds=(0.0, 1.0, 1.0))
+    with torch.no_grad():
+        out = model(tokens())
+    assert out.routing.mean_depth == 1.0
+    none = make("expert", capacities=(0.5, 0.5, 0.5), thresholds=(1.0, 1.0, 1.0))
+    with torch.no_grad():
+        assert none(tokens()).routing.mean_depth == 0.0
+        ids = tokens(1, 5)
+        assert none.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 9)
+
+
+def test_an_empty_row_leaves_the_others_alone() -> None:
+    model = make()
+    ids = tokens(4, 6)
+    with torch.no_grad():
+        together = model(ids)
+        assert 1 in together.routing.depths.unique()
+        for row in range(4):
+            assert_close(model(ids[row : row + 1]).logits[0], together.logits[row], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_token(variant: str) -> None:
+    model = make(variant)
+    ids = tokens(2, 1)
+    loss = model.train()(torch.cat([ids, ids], 1), labels=torch.cat([ids, ids], 1)).loss
+    assert loss.isfinite()
+    assert model(ids).logits.shape == (2, 1, SMALL["vocab_size"])
