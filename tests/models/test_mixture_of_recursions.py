@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.models.mixture_of_recursions import MixtureOfRecursionsConfig
+from zoo.serve import DepthBatcher
 
 pytest.importorskip("transformers")
 
@@ -296,3 +297,83 @@ def test_one_token(variant: str) -> None:
     loss = model.train()(torch.cat([ids, ids], 1), labels=torch.cat([ids, ids], 1)).loss
     assert loss.isfinite()
     assert model(ids).logits.shape == (2, 1, SMALL["vocab_size"])
+
+
+# ---- depth-wise batching
+
+MIXED = [name for name, fields in VARIANTS.items() if not fields.get("sharing", "").endswith("sequence")]
+LENGTHS = ((3, 6), (9, 2), (1, 7), (5, 1), (7, 5), (2, 4))  # of prompts, and of what is to be written
+
+
+def alone(model: Any, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    ids = prompt[None]
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt) :]
+
+
+@pytest.mark.parametrize("variant", MIXED)
+def test_results_are_those_of_each_sequence_alone(variant: str) -> None:
+    """More sequences than places, of different lengths: they come and go at different times."""
+    model = make(variant)
+    batcher = DepthBatcher(model, max_sequences=3)
+    prompts = [tokens(1, length, seed=i)[0] for i, (length, _) in enumerate(LENGTHS)]
+    for prompt, (_, count) in zip(prompts, LENGTHS, strict=True):
+        batcher.submit(prompt, max_new_tokens=count)
+    results = batcher.run()
+    for prompt, (_, count), result in zip(prompts, LENGTHS, results, strict=True):
+        assert result.tokens == alone(model, prompt, count).tolist()
+        with torch.no_grad():
+            whole = model(torch.tensor([result.prompt + result.tokens[:-1]]), use_cache=False)
+        assert result.depths == whole.routing.depths[0].tolist()
+
+
+def test_sequences_at_different_depths_share_passes() -> None:
+    model = make("expert", thresholds=(0.0, 0.5, 0.5))
+    batcher = DepthBatcher(model, max_sequences=4)
+    for i in range(4):
+        batcher.submit(tokens(1, 5, seed=i)[0], max_new_tokens=8)
+    results = batcher.run()
+    depths = [result.depths[5:] for result in results]
+    assert len({tuple(each) for each in depths}) > 1
+    assert batcher.tokens_passed == sum(map(sum, depths))
+    assert batcher.passes == max(map(sum, depths))  # as many as the sequence that takes the most needs alone
+
+
+def test_end_of_text_frees_the_place() -> None:
+    model = make()
+    prompt = tokens(1, 5)[0]
+    written = alone(model, prompt, 6).tolist()
+    batcher = DepthBatcher(model, max_sequences=1, eos_token_id=written[2])
+    for _ in range(2):
+        batcher.submit(prompt, max_new_tokens=6)
+    stop = written.index(written[2]) + 1
+    assert [result.tokens for result in batcher.run()] == [written[:stop]] * 2
+
+
+def test_sampling_depends_on_the_seed_alone() -> None:
+    model = make()
+    runs = []
+    for places, seed in ((1, 5), (4, 5), (4, 6)):
+        batcher = DepthBatcher(model, max_sequences=places, temperature=1.0, top_k=20, seed=seed)
+        for i in range(4):
+            batcher.submit(tokens(1, 4, seed=i)[0], max_new_tokens=6)
+        runs.append([result.tokens for result in batcher.run()])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_bad_input_of_the_batcher() -> None:
+    model = make()
+    with pytest.raises(zoo.ConfigError, match="expected 'cycle' or 'middle_cycle'"):
+        DepthBatcher(make("relaxed"))
+    with pytest.raises(zoo.ConfigError, match="expected a Mixture-of-Recursions model"):
+        DepthBatcher(torch.nn.Linear(2, 2))
+    with pytest.raises(zoo.ConfigError, match="expected at least 1, 0, 0"):
+        DepthBatcher(model, max_sequences=0)
+    for prompt in ([], [97], [-1]):
+        with pytest.raises(zoo.errors.ShapeError, match="expected at least one token, each from 0 to 96"):
+            DepthBatcher(model).submit(prompt)
+    with pytest.raises(zoo.errors.ShapeError, match="max_new_tokens is 0"):
+        DepthBatcher(model).submit([1], max_new_tokens=0)
+    assert DepthBatcher(model).run() == []
