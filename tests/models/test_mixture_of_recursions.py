@@ -369,7 +369,7 @@ def test_bad_input_of_the_batcher() -> None:
         DepthBatcher(make("relaxed"))
     with pytest.raises(zoo.ConfigError, match="expected a Mixture-of-Recursions model"):
         DepthBatcher(torch.nn.Linear(2, 2))
-    with pytest.raises(zoo.ConfigError, match="expected at least 1, 0, 0"):
+    with pytest.raises(zoo.ConfigError, match="expected at least 1, 0 and 0"):
         DepthBatcher(model, max_sequences=0)
     for prompt in ([], [97], [-1]):
         with pytest.raises(zoo.errors.ShapeError, match="expected at least one token, each from 0 to 96"):

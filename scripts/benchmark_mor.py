@@ -1,0 +1,201 @@
+"""What Mixture-of-Recursions costs beside a vanilla Llama of the same unrolled depth and a recursive transformer.
+
+    python scripts/benchmark_mor.py
+
+Shapes of 360M with random weights; the routers' thresholds are calibrated, so that tokens take the recursions that the
+recipe's capacities say. float32. Everything is measured in turns; tokens a second count what was written. The cache's
+bytes are those of the stores, beside the formula.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _timing import in_turns
+
+import zoo
+from zoo.serve import DepthBatcher
+from zoo.serve.depth_batcher import _Sequence
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mor_360m_r3_expert")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before the first that is written")
+    parser.add_argument("--steps", type=int, default=4, help="tokens of each sequence in a sample")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
+    parser.add_argument("--train", type=int, default=256, help="tokens of a training step; 0: none")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    config: Any = zoo.get_config(options.model)
+    ours: Any = zoo.build(config).eval()
+    recursive: Any = zoo.build(config.override(router="none", capacities=())).eval()
+    vanilla = make_vanilla(config)
+    text = torch.randint(0, config.vocab_size, (options.sequences, 64))
+    depth = ours.calibrate(text[:8])
+    print(f"{options.model}, {options.sequences} sequences after {options.prompt} tokens, {options.threads} threads")
+    print(
+        f"calibrated to a mean depth of {depth:.2f} of {config.num_recursions} (capacities: {sum(config.shares):.2f})"
+    )
+    prompts = text[:, : options.prompt]
+    decode(options, prompts, {"vanilla": vanilla, "recursive": recursive, "mor, in step": ours})
+    for length in options.prefill:
+        rounds = options.rounds if length <= 512 else 1
+        prefill(rounds, length, {"vanilla": vanilla, "recursive": recursive, "mor": ours}, config)
+    if options.train:
+        training(options.train, {"vanilla": vanilla, "recursive": recursive, "mor": ours}, config)
+    print("GPU: not measured")
+
+
+def make_vanilla(config: Any) -> Any:
+    """transformers' Llama of the same unrolled depth."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
+    fields = {name: getattr(config, name) for name in names}
+    return LlamaForCausalLM(LlamaConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)).eval()
+
+
+def decode(options: argparse.Namespace, prompts: torch.Tensor, models: dict[str, Any]) -> None:
+    """Tokens a second of decoding, every sequence taking its likeliest token."""
+    timers: dict[str, Callable[[], float]] = {}
+    for name, model in models.items():
+        timers[name] = in_step(model, prompts, options.steps)
+    ours = models["mor, in step"]
+    batchers = {}
+    for name, pack in (("mor, depth-wise", False), ("mor, depth-wise, packed weights", True)):
+        batcher = batchers[name] = DepthBatcher(ours, max_sequences=len(prompts), pack=pack)
+        batcher.eos = None
+        for prompt in prompts:
+            batcher.submit(prompt, max_new_tokens=1 << 20)
+        batcher.step()
+        timers[name] = depth_wise(batcher, options.steps)
+    samples = in_turns(options.rounds, timers)
+    base = statistics.median(samples["vanilla"])
+    print("\ndecoding                              tokens/s   lowest to highest   vanilla = 1")
+    for name, speeds in samples.items():
+        middle = statistics.median(speeds)
+        print(f"{name:36}{middle:10.1f}   {min(speeds):7.1f} {max(speeds):7.1f}   {middle / base:11.2f}")
+    for name, batcher in batchers.items():
+        written = [place for place in batcher.places if isinstance(place, _Sequence)]
+        depths = [depth for place in written for depth in place.result.depths[len(place.result.prompt) :]]
+        size = batcher.tokens_passed / batcher.passes
+        print(f"{name}: mean depth {statistics.mean(depths):.2f}, {size:.1f} tokens a pass")
+
+
+def in_step(model: Any, prompts: torch.Tensor, steps: int) -> Callable[[], float]:
+    """Tokens a second of all sequences together, a token of each at a time, as ``generate`` does."""
+    with torch.inference_mode():
+        out = model(prompts, use_cache=True, logits_to_keep=1)
+    state = {"cache": cache_of(out), "ids": out.logits[:, -1:].argmax(-1)}
+    keyword = "cache" if "cache" in out else "past_key_values"
+
+    @torch.inference_mode()
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            out = model(state["ids"], **{keyword: state["cache"]}, use_cache=True)
+            state["ids"] = out.logits[:, -1:].argmax(-1)
+        return steps * len(prompts) / (time.perf_counter() - start)
+
+    return run
+
+
+def cache_of(out: Any) -> Any:
+    """A model's cache, under either of transformers' names for it."""
+    return out["cache"] if "cache" in out else out["past_key_values"]
+
+
+def depth_wise(batcher: DepthBatcher, steps: int) -> Callable[[], float]:
+    """Tokens a second of the batcher, in so many passes that each sequence writes about ``steps`` tokens."""
+
+    def count() -> int:
+        return sum(len(place.result.tokens) for place in batcher.places if place is not None)
+
+    def run() -> float:
+        before, start = count(), time.perf_counter()
+        for _ in range(2 * steps):
+            batcher.step()
+        return (count() - before) / (time.perf_counter() - start)
+
+    return run
+
+
+def prefill(rounds: int, length: int, models: dict[str, Any], config: Any) -> None:
+    """Seconds to read a prompt, and bytes of the cache that it leaves for each token."""
+    ids = torch.randint(0, config.vocab_size, (1, length))
+    left: dict[str, int] = {}
+
+    def timer(name: str, model: Any) -> Callable[[], float]:
+        @torch.inference_mode()
+        def run() -> float:
+            start = time.perf_counter()
+            out = model(ids, use_cache=True, logits_to_keep=1)
+            seconds = time.perf_counter() - start
+            cache = cache_of(out)
+            if hasattr(cache, "state"):
+                left[name] = cache.state.nbytes
+            else:
+                left[name] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            return seconds
+
+        return run
+
+    timers = {name: timer(name, model) for name, model in models.items()}
+    samples = in_turns(rounds, timers) if rounds > 1 else {name: [run()] for name, run in timers.items()}
+    base = statistics.median(samples["vanilla"])
+    print(f"\nprefill, T = {length:4}       seconds   vanilla = 1   cache bytes/token   formula")
+    for name, seconds in samples.items():
+        middle = statistics.median(seconds)
+        formula = config.override(router="none", capacities=()).kv_bytes_per_token(itemsize=4)
+        if name == "mor":
+            formula = config.kv_bytes_per_token(models[name].model.last.mean_depth, itemsize=4)
+        print(f"{name:20}{middle:13.2f}{middle / base:14.2f}{left[name] / length:20.0f}{formula:10.0f}")
+
+
+def training(length: int, models: dict[str, Any], config: Any) -> None:
+    """Seconds of a forward and a backward pass, and what is kept between them."""
+    ids = torch.randint(0, config.vocab_size, (1, length))
+    print(f"\ntraining step, 1 x {length}   seconds   vanilla = 1   MB saved for backward   MB of weights")
+    base = 0.0
+    for name, model in models.items():
+        model.train()
+        kept: dict[int, int] = {}
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept, weights: set[int] = weights) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        start = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        seconds = time.perf_counter() - start
+        base = base or seconds
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        print(f"{name:20}{seconds:13.2f}{seconds / base:14.2f}{sum(kept.values()) / 1e6:24.0f}{size / 1e6:16.0f}")
+        model.zero_grad(set_to_none=True)
+
+
+if __name__ == "__main__":
+    main()
