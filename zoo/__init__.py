@@ -36,6 +36,7 @@ _PUBLIC = {
     "list_models": "zoo.registry",
     "register": "zoo.registry",
     "build": "zoo.factory",
+    "builders": "zoo.builders",  # a module
     "create_model": "zoo.factory",
     "export": "zoo.deploy.export",
     "load_optimized": "zoo.deploy.artefact",
@@ -48,6 +49,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from zoo import builders
     from zoo.config import ImageConfig, ModelConfig, TextConfig, axis
     from zoo.deploy.artefact import load_optimized
     from zoo.deploy.export import export
@@ -93,6 +95,7 @@ __all__ = [
     "__version__",
     "axis",
     "build",
+    "builders",
     "config_from_dict",
     "config_from_json",
     "convert_state_dict",
@@ -113,7 +116,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        module = import_module(_PUBLIC[name])
+        return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")
 
 

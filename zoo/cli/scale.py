@@ -49,6 +49,9 @@ def scale(
     vocabulary: Annotated[float | None, typer.Option(help="Of language: the vocabulary's exponent.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Every rule side by side.")] = False,
     time: Annotated[bool, typer.Option(help="Measure how long a pass takes.")] = True,
+    curve: Annotated[
+        Path | None, typer.Option(help="Write here how costs grow with the factor, by each rule: a CSV and a picture.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the config here, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -61,6 +64,9 @@ def scale(
     from zoo.scaling import fit, get_rule, rules_for
 
     base = zoo.get_config(model)
+    if curve is not None:
+        _curve(model, curve, target if time else None)
+        return
     named = {
         "flops": flops,
         "macs": _number(macs),
@@ -111,6 +117,19 @@ def scale(
         screen.print(f"  {name} = {list(value) if isinstance(value, tuple) else value}", soft_wrap=True)
     if chosen.quantity != "factor" and not chosen.met:
         screen.print("The target is missed by more than 2 %: the nearest that this family's rounding allows.")
+
+
+def _curve(model: str, folder: Path, device: str | None) -> None:
+    """Write how costs grow with the factor, by each rule."""
+    import torch
+
+    from zoo.analysis.scaling import growth, write
+    from zoo.cli._output import console
+
+    rows = growth(model, device=device, report=lambda line: console().print(line))
+    where = "" if device is None else f"; time on {device}, batch 1, {torch.get_num_threads()} threads"
+    for path in write(rows, folder, title=f"{model} by each rule{where}"):
+        console().print(f"wrote {path}", soft_wrap=True)
 
 
 def _number(text: str | None) -> float | str | None:

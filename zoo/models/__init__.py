@@ -5,6 +5,7 @@ generated: ``pytest tests/models/test_index.py --update-golden`` rewrites it and
 """
 
 MODULES = {
+    "anynet": "zoo.models.anynet",
     "efficientformer": "zoo.models.efficientformer",
     "efficientformer_v2": "zoo.models.efficientformer_v2",
     "efficientmod": "zoo.models.efficientmod",
@@ -14,5 +15,6 @@ MODULES = {
     "lowformer": "zoo.models.lowformer",
     "matmulfree": "zoo.models.matmulfree",
     "mixture_of_recursions": "zoo.models.mixture_of_recursions",
+    "regnet": "zoo.models.regnet",
     "tinynet": "zoo.models.tinynet",
 }

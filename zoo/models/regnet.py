@@ -1,0 +1,212 @@
+"""RegNetY: residual bottlenecks of grouped convolutions with squeeze-and-excitation; widths that grow by a rule.
+
+Paper: arXiv:2003.13678 (CVPR 2020), "Designing Network Design Spaces".
+Original code: github.com/facebookresearch/pycls @ 46a2452, models/regnet.py and models/anynet.py (MIT).
+Parameter names are timm's, so that its weights on the Hub load as they are.
+
+Differs from the original: nothing. The paper's linear rule for the widths is worked out beforehand: a config lists what
+each stage has, as pycls itself does before it scales a network.
+"""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import ImageConfig, axis
+from zoo.errors import ConfigError
+from zoo.layers import ConvNorm, DropPath, drop_path_rates
+from zoo.models._backbone import Backbone
+from zoo.registry import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegNetConfig(ImageConfig):
+    """Tuples hold one entry per stage, at strides 4, 8, 16 and 32; the default is 400MF."""
+
+    depths: tuple[int, ...] = axis("depth", (1, 3, 6, 6))
+    widths: tuple[int, ...] = axis("width", (48, 104, 208, 440), multiple_of=8)
+    group_sizes: tuple[int, ...] = axis("group", (8, 8, 8, 8))  # channels in a group of the 3x3 convolutions
+    stem_width: int = 32  # which no rule scales
+    se_ratio: float = 0.25  # squeezed width, as a part of the block's input
+
+    def validate(self) -> None:
+        super().validate()
+        self.check_same_length("depths", "widths", "group_sizes")
+        self.check_positive("depths", "widths", "group_sizes", "stem_width", "se_ratio")
+        if len(self.depths) != 4:
+            raise ConfigError(f"depths has {len(self.depths)} entries; expected 4, one per stage.")
+        for i, (width, group) in enumerate(zip(self.widths, self.group_sizes, strict=True)):
+            if width % group:
+                below = max(group, width // group * group)
+                raise ConfigError(
+                    f"widths[{i}] is {width}, which group_sizes[{i}]={group} does not divide; "
+                    f"the nearest are {below} and {below + group}."
+                )
+
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """pycls' adjustment: no group is wider than its stage, and widths are the nearest multiples of their groups."""
+        widths = changes.get("widths", self.widths)
+        groups = tuple(map(min, changes.get("group_sizes", self.group_sizes), widths))
+        widths = tuple(max(g, round(w / g) * g) for w, g in zip(widths, groups, strict=True))
+        return super().fit(changes) | {"widths": widths, "group_sizes": groups}
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from its global mean: ``[B, dim, H, W] -> [B, dim, H, W]``."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        return x * self.fc2(self.act(self.fc1(gate))).sigmoid()
+
+
+class Bottleneck(nn.Module):
+    """The paper's Y block: ``[B, dim, H, W] -> [B, out_dim, ceil(H/stride), ceil(W/stride)]``, nowhere narrower."""
+
+    def __init__(
+        self, dim: int, out_dim: int, *, stride: int, group_size: int, se_ratio: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(dim, out_dim)
+        self.conv2 = ConvNorm(out_dim, out_dim, 3, stride=stride, groups=out_dim // group_size)
+        self.se = SqueezeExcite(out_dim, round(dim * se_ratio))
+        self.conv3 = ConvNorm(out_dim, out_dim)
+        self.act = nn.ReLU(inplace=True)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        resized = stride != 1 or dim != out_dim
+        self.downsample = ConvNorm(dim, out_dim, stride=stride) if resized else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.conv1(x))
+        y = self.se(self.act(self.conv2(y)))
+        return self.act(self.drop_path(self.conv3(y)) + self.downsample(x))
+
+
+class RegNet(Backbone):
+    """stem, stages s1 to s4 of blocks b1, b2, ..., pooled linear classifier."""
+
+    fused_memory_format = torch.channels_last
+    if TYPE_CHECKING:
+        s1: nn.Module
+        s2: nn.Module
+        s3: nn.Module
+        s4: nn.Module
+    __jit_unused_properties__ = ["stages"]
+
+    def __init__(self, config: RegNetConfig) -> None:
+        super().__init__()
+        self.stem = ConvNorm(config.in_chans, config.stem_width, 3, stride=2)
+        self.act = nn.ReLU(inplace=True)
+        dim = config.stem_width
+        rates = drop_path_rates(config.drop_path_rate, config.depths)
+        for i, out_dim in enumerate(config.widths):
+            blocks: OrderedDict[str, nn.Module] = OrderedDict()
+            for j, rate in enumerate(rates[i], start=1):
+                blocks[f"b{j}"] = Bottleneck(
+                    dim,
+                    out_dim,
+                    stride=2 if j == 1 else 1,
+                    group_size=config.group_sizes[i],
+                    se_ratio=config.se_ratio,
+                    drop_path=rate,
+                )
+                dim = out_dim
+            self.add_module(f"s{i + 1}", nn.Sequential(blocks))
+        self.drop = nn.Dropout(config.drop_rate)
+        reductions = tuple(4 * 2**i for i in range(len(config.widths)))
+        self.finish(config, widths=config.widths, reductions=reductions)
+        for i, level in enumerate(self.feature_info):
+            level["module"] = f"s{i + 1}"
+        self.reset_parameters()
+
+    @property
+    def stages(self) -> Any:
+        """The stages in order, which timm's names keep beside the stem and the head."""
+        return [self.get_submodule(f"s{i + 1}") for i in range(len(self.config.widths))]
+
+    @stages.setter
+    def stages(self, kept: list[nn.Module]) -> None:
+        for i in range(len(kept), len(self.config.widths)):
+            setattr(self, f"s{i + 1}", nn.Identity())
+
+    def reset_parameters(self) -> None:
+        """Convolutions start normal with variance 2 / fan_out, the classifier with a std of 0.01, as in pycls."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=math.sqrt(2 / (module.weight[:, 0].numel() / module.groups)))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.act(self.stem(x))
+
+    def forward_stages(self, x: Tensor) -> Tensor:
+        return self.s4(self.s3(self.s2(self.s1(x))))
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(x))
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        if not num_classes:
+            return nn.Identity()
+        return nn.Sequential(OrderedDict(fc=nn.Linear(self.num_features, num_classes)))
+
+    def get_classifier(self) -> nn.Module:
+        return getattr(self.head, "fc", self.head)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^stem", "blocks": r"^s(\d+)" if coarse else r"^s(\d+)\.b(\d+)"}
+
+
+FAMILY = Family(
+    "regnet",
+    config=RegNetConfig,
+    model=RegNet,
+    title="RegNetY",
+    paper="arXiv:2003.13678",
+    code="github.com/facebookresearch/pycls @ 46a2452, models/regnet.py",
+    licence="MIT",
+    first_conv="stem.conv",
+    classifier="head.fc",
+)
+
+
+def _regnet(depths: tuple[int, ...], widths: tuple[int, ...], group_size: int) -> RegNetConfig:
+    return RegNetConfig(depths=depths, widths=widths, group_sizes=(group_size,) * len(widths))
+
+
+@FAMILY.variant
+def regnety_002() -> RegNetConfig:
+    """200MF: 3.2 M parameters, 0.2 GMACs."""
+    return _regnet((1, 1, 4, 7), (24, 56, 152, 368), 8)
+
+
+@FAMILY.variant
+def regnety_004() -> RegNetConfig:
+    """400MF: 4.3 M parameters, 0.4 GMACs."""
+    return _regnet((1, 3, 6, 6), (48, 104, 208, 440), 8)
+
+
+@FAMILY.variant
+def regnety_008() -> RegNetConfig:
+    """800MF: 6.3 M parameters, 0.8 GMACs."""
+    return _regnet((1, 3, 8, 2), (64, 128, 320, 768), 16)
+
+
+@FAMILY.variant
+def regnety_040() -> RegNetConfig:
+    """4.0GF: 20.6 M parameters, 4.0 GMACs."""
+    return _regnet((2, 6, 12, 2), (128, 192, 512, 1088), 64)
