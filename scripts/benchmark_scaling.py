@@ -12,7 +12,7 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from _timing import in_turns, seconds_of, spread  # isort: skip
+from _timing import in_turns, seconds_of, spread
 
 import zoo
 from zoo.registry import index
@@ -32,7 +32,7 @@ def main() -> None:
     names = arguments.models
     if not names:
         lightest: dict[str, str] = {}
-        for name in sorted(zoo.list_models(task="image-classification"), key=lambda name: index()[name]["macs"]):
+        for name in sorted(zoo.list_models(), key=lambda name: index()[name]["macs"]):
             lightest.setdefault(index()[name]["family"], name)
         names = sorted(lightest.values())
     found = {}
@@ -48,7 +48,7 @@ def main() -> None:
         return seconds_of(scale, clock)
 
     samples = in_turns(arguments.rounds, {name: (lambda name=name: call(name)) for name in names})
-    print(f"flops={arguments.flops:g}, {arguments.clock} time, 1 thread, {arguments.rounds} rounds, torch {torch.__version__}")
+    print(f"flops={arguments.flops:g}, {arguments.clock} time, {arguments.rounds} rounds, torch {torch.__version__}")
     print(f"{'model':24} {'median ms':>9} {'spread':>7}  error of the MACs")
     for name, seconds in samples.items():
         median = sorted(seconds)[len(seconds) // 2]

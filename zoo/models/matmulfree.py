@@ -45,6 +45,13 @@ class MatMulFreeConfig(TextConfig):
         if self.intermediate_size is not None:
             self.check_positive("intermediate_size")
 
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """An MLP whose width is given grows with the others."""
+        if self.intermediate_size is not None:
+            wider = changes.get("hidden_size", self.hidden_size) / self.hidden_size
+            changes = changes | {"intermediate_size": max(64, round(self.intermediate_size * wider / 64) * 64)}
+        return super().fit(changes)
+
 
 class GatedRecurrence(nn.Module):
     """The token mixer, ``[B, T, D] -> [B, T, D]`` (the paper's Section 3.3, HGRN with ternary weights).

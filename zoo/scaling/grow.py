@@ -123,7 +123,7 @@ def _nearest(name: str, by_pattern: dict[str, list[str]], block_number: int) -> 
 
 
 def _stretched(value: Tensor, target: Tensor, noise: float) -> Tensor:
-    """A tensor with its first two dimensions repeated or cut: weights are ``[out, in, ...]``, the rest ``[channels]``."""
+    """A tensor with its first two dimensions repeated or cut: weights are ``[out, in, ...]``, biases ``[out]``."""
     for dimension in range(min(2, value.ndim)):
         before, after = value.shape[dimension], target.shape[dimension]
         if before == after:
