@@ -81,7 +81,7 @@ def test_an_epoch_goes_on_with_other_processes(worlds: tuple[int, int], steps: i
         samplers = [EpochSampler(103, 12 // world, shuffle=True, seed=5, rank=r, world=world) for r in range(world)]
         for sampler in samplers:
             sampler.set_epoch(2, consumed)
-        return [[[position for _, position in batch] for batch in sampler] for sampler in samplers]
+        return [[[position for _, position, _ in batch] for batch in sampler] for sampler in samplers]
 
     before = epoch(worlds[0])
     after = epoch(worlds[1], consumed=12 * steps)
@@ -115,7 +115,7 @@ def test_incomplete_batches_are_dropped_in_training_only() -> None:
 @pytest.mark.parametrize("size, batch_size", [(20, 4), (23, 4), (5, 8), (2, 1)])
 def test_processes_share_an_evaluation_out(size: int, batch_size: int, world: int) -> None:
     samplers = [EpochSampler(size, batch_size, shuffle=False, rank=rank, world=world) for rank in range(world)]
-    positions = [position for sampler in samplers for batch in sampler for _, position in batch]
+    positions = [position for sampler in samplers for batch in sampler for _, position, _ in batch]
     assert sorted(positions) == list(range(size))
 
 
@@ -124,7 +124,7 @@ def test_processes_train_on_different_samples_in_equal_steps(world: int) -> None
     samplers = [EpochSampler(23, 3, shuffle=True, rank=rank, world=world) for rank in range(world)]
     epochs = [list(sampler) for sampler in samplers]
     assert {len(epoch) for epoch in epochs} == {len(samplers[0])} == {23 // world // 3}
-    positions = [position for epoch in epochs for batch in epoch for _, position in batch]
+    positions = [position for epoch in epochs for batch in epoch for _, position, _ in batch]
     assert len(set(positions)) == len(positions)
 
 

@@ -22,6 +22,7 @@ from zoo.cli import (
     pick,
     predict,
     profile,
+    recipes,
     scale,
     weights,
 )
@@ -49,6 +50,7 @@ app.command("pick")(pick.pick)
 app.command("pareto")(pareto.pareto)
 app.command("export")(export.export)
 app.command("optimize")(optimize.optimize)
+app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)
 app.add_typer(weights.app, name="weights")

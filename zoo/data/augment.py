@@ -44,13 +44,17 @@ class TrainTransform:
     ) -> None:
         self.augment = augment
         self.size_at = size_at or (lambda epoch: preprocessing.img_size)
-        self.interpolation = preprocessing.interpolation
+        self.interpolation = augment.interpolation or preprocessing.interpolation
         self.channels = len(preprocessing.mean)
         self.recolour = _recolour(augment, preprocessing)
 
     def load(self, data: bytes, name: str, epoch: int) -> tuple[Tensor, Patch | None]:
         size = self.size_at(epoch)
-        pixels = self._resize(decode_crop(data, name, self._crop, size), size)
+        pixels = decode_crop(data, name, self._crop, size)
+        interpolation = self.interpolation
+        if interpolation == "random":  # drawn here, where timm draws it
+            interpolation = random.choice(("bilinear", "bicubic"))
+        pixels = _resized(pixels, size, interpolation)
         if self.augment.hflip and torch.rand(1) < self.augment.hflip:
             pixels = pixels.flip(-1)
         if self.recolour is not None:
@@ -70,16 +74,6 @@ class TrainTransform:
         w, h = min(width, round(height * wide)), min(height, round(width / narrow))
         return Box((height - h) // 2, (width - w) // 2, h, w)
 
-    def _resize(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        if pixels.shape[1:] == size:
-            return pixels
-        if self.interpolation == "nearest":
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            return _pixels(image.resize(size[::-1], Image.Resampling.NEAREST))
-        # torch's kernel for bytes is fastest on whole pixels side by side.
-        whole = pixels[None].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(whole, list(size), mode=self.interpolation, antialias=True)[0]
-
     def _erase(self, size: tuple[int, int]) -> Patch | None:
         """Noise for a random rectangle, as arXiv:1708.04896 has it, with timm's bounds."""
         if not self.augment.erasing or random.random() > self.augment.erasing:
@@ -93,6 +87,17 @@ class TrainTransform:
                 top, left = random.randint(0, height - h), random.randint(0, width - w)
                 return Patch(top, left, torch.randn(self.channels, h, w))
         return None
+
+
+def _resized(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    if pixels.shape[1:] == size:
+        return pixels
+    if interpolation == "nearest":
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return _pixels(image.resize(size[::-1], Image.Resampling.NEAREST))
+    # torch's kernel for bytes is fastest on whole pixels side by side.
+    whole = pixels[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(whole, list(size), mode=interpolation, antialias=True)[0]
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -81,7 +81,7 @@ def seeded(*parts: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-Key = tuple[int, int]  # (epoch, position in the data set)
+Key = tuple[int, int, int]  # (epoch, position in the data set, which of its repeats within the epoch)
 
 
 class Samples(ABC, Dataset):
@@ -137,10 +137,10 @@ class ImageSamples(Samples):
 
     def batch(self, keys: Sequence[Key]) -> Batch:
         samples, positions, skipped = [], [], {}
-        for epoch, position in keys:
+        for epoch, position, repeat in keys:
             for attempt in range(_ATTEMPTS):
                 try:
-                    samples.append(self._load(epoch, position))
+                    samples.append(self._load(epoch, position, repeat))
                     positions.append(position)
                     break
                 except DataError as error:
@@ -158,17 +158,18 @@ class ImageSamples(Samples):
     def _describe(self, position: int) -> str:
         return self.source.describe(position if self.indices is None else int(self.indices[position]))
 
-    def _load(self, epoch: int, position: int) -> tuple[Tensor, Patch | None, int]:
+    def _load(self, epoch: int, position: int, repeat: int) -> tuple[Tensor, Patch | None, int]:
         if isinstance(self.source, StreamSource):
             index = position
             data, label = self.source.sample(epoch, position)
         else:
             index = position if self.indices is None else int(self.indices[position])
             data, label = self.source.encoded(index), int(self.source.labels[index])
+        seed = (self.seed, epoch, index, repeat) if repeat else (self.seed, epoch, index)
         if get_worker_info() is None:
-            with seeded(self.seed, epoch, index):
+            with seeded(*seed):
                 return *self.transform.load(data, self.source.describe(index), epoch), label
-        seed_everything(self.seed, epoch, index)  # nobody else draws from a worker's generators
+        seed_everything(*seed)  # nobody else draws from a worker's generators
         return *self.transform.load(data, self.source.describe(index), epoch), label
 
 
@@ -182,7 +183,7 @@ class TextSamples(Samples):
         return len(self.rows)
 
     def batch(self, keys: Sequence[Key]) -> Batch:
-        chosen = [position for _, position in keys]
+        chosen = [position for _, position, _ in keys]
         inputs, targets, positions = map(torch.from_numpy, self.rows.read(chosen))
         return Batch(inputs, targets, torch.tensor(chosen), positions)
 
@@ -202,6 +203,8 @@ class EpochSampler:
         seed: Decides the permutations.
         rank, world: This process and how many there are.
         pruning: Leaves samples out.
+        repeats: Times a sample comes in a row, varied anew each time; an epoch is as long as without, and has that part
+            of the samples (repeated augmentation, arXiv:1902.05509). The repeats of one fall to different processes.
     """
 
     def __init__(
@@ -215,6 +218,7 @@ class EpochSampler:
         rank: int = 0,
         world: int = 1,
         pruning: Pruning | None = None,
+        repeats: int = 1,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
@@ -224,6 +228,7 @@ class EpochSampler:
         self.rank = rank
         self.world = world
         self.pruning = pruning
+        self.repeats = repeats
         self.epoch = 0
         self.consumed = 0  # samples at the beginning of the epoch's order that are done, by all processes
 
@@ -248,11 +253,11 @@ class EpochSampler:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.epoch_size)
         if self.pruning is not None:
             order = self._kept[order]
-        mine = order[self.consumed + self.rank :: self.world]
+        mine = np.arange(self.consumed + self.rank, self.epoch_size, self.world)
         for step in range(len(self)):
             chosen = mine[step * self.batch_size : (step + 1) * self.batch_size]
             if len(chosen):
-                yield [(self.epoch, int(position)) for position in chosen]
+                yield [(self.epoch, int(order[i // self.repeats]), int(i % self.repeats)) for i in chosen]
 
 
 class Loader:

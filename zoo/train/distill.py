@@ -1,5 +1,6 @@
 """Learning from a teacher: from its probabilities, its answers or its features."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.data.loader import Batch
-from zoo.errors import RecipeError
-from zoo.inference import load_classifier
+from zoo.errors import RecipeError, nearest, reason
+from zoo.inference import Classifier, class_names, load_classifier
 from zoo.preprocessing import Preprocessing
-from zoo.train.recipe import Distill
+from zoo.train.recipe import Distill, Recipe
+
+_TIMM = "timm:"
 
 
 class Teacher:
@@ -36,7 +39,7 @@ class Teacher:
 
     def __init__(self, distill: Distill, student: Any, classes: tuple[str, ...], preprocessing: Preprocessing) -> None:
         self.distill = distill
-        teacher = load_classifier(distill.teacher)
+        teacher = load_teacher(distill.teacher)
         if distill.kind != "feature":
             _check_classes(teacher.labels, classes, distill.teacher)
         self.model = teacher.model.requires_grad_(False)
@@ -56,15 +59,15 @@ class Teacher:
 
         return hook
 
-    def losses(self, student: nn.Module, batch: Batch, *, smoothing: float) -> Tensor:
-        """The loss of each sample, ``[B]``."""
+    def losses(self, student: nn.Module, batch: Batch, labels_loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The loss of each sample, ``[B]``; ``labels_loss`` is that of logits beside the labels."""
         distill = self.distill
         if self._scale.device != batch.inputs.device:
             self.model.to(batch.inputs.device)
             self._scale, self._shift = self._scale.to(batch.inputs.device), self._shift.to(batch.inputs.device)
         answer = student(batch.inputs)
         logits, learned = answer if isinstance(answer, tuple) else (answer, answer)
-        labels = F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing, reduction="none")
+        labels = labels_loss(logits, batch.targets)
         with torch.no_grad():
             taught = self.model(batch.inputs * self._scale + self._shift).float()
         if distill.kind == "feature":
@@ -77,6 +80,44 @@ class Teacher:
             answers = F.log_softmax(learned / t, 1), F.log_softmax(taught / t, 1)
             teaching = t**2 * F.kl_div(*answers, reduction="none", log_target=True).sum(1)
         return (1 - distill.alpha) * labels + distill.alpha * teaching
+
+
+def load_teacher(name: str) -> Classifier:
+    """A classifier of the zoo, or, as ``timm:NAME``, one of timm's with its pretrained weights.
+
+    Raises:
+        RecipeError: If timm has no such model, or its weights cannot be fetched.
+        UnknownModelError, WeightsError: If the zoo has no such model.
+    """
+    if not name.startswith(_TIMM):
+        return load_classifier(name)
+    import timm
+
+    wanted = name.removeprefix(_TIMM)
+    known = timm.list_pretrained()
+    if wanted not in known and not timm.is_model(wanted):
+        raise RecipeError(f"distill.teacher is {name!r}, which timm does not know.{nearest(wanted, known)}")
+    try:
+        model: Any = timm.create_model(wanted, pretrained=True).eval()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no weights
+        raise RecipeError(f"distill.teacher is {name!r}, whose weights cannot be had: {reason(error)}.") from error
+    cfg = model.pretrained_cfg
+    labels = tuple(cfg.get("label_names") or ()) or class_names("imagenet-1k")
+    if len(labels) != model.num_classes:
+        labels = tuple(str(i) for i in range(model.num_classes))
+    own = Preprocessing(img_size=cfg["input_size"][1:], mean=cfg["mean"], std=cfg["std"])
+    return Classifier(model, own, labels)
+
+
+def self_taught(logits: Tensor, average: nn.Module, inputs: Tensor, recipe: Recipe) -> Tensor:
+    """How far answers are from those of the model's own averaged weights, ``[B]`` (MESA, arXiv:2205.14083)."""
+    with torch.no_grad():
+        taught = average(inputs).float()
+    if recipe.loss.name == "bce":
+        return F.binary_cross_entropy_with_logits(logits.float(), taught.sigmoid(), reduction="none").mean(1)
+    t = recipe.distill.temperature
+    answers = F.log_softmax(logits.float() / t, 1), F.log_softmax(taught / t, 1)
+    return t**2 * F.kl_div(*answers, reduction="none", log_target=True).sum(1)
 
 
 def _check_classes(known: tuple[str, ...], wanted: tuple[str, ...], teacher: str) -> None:

@@ -30,11 +30,13 @@ from zoo.data.loader import Batch, EpochSampler, Loader, derive_seed
 from zoo.data.pruning import PRUNING, Pruning
 from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason, require
 from zoo.factory import build
+from zoo.layers import DropPath
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.registry import config_of, family_of
 from zoo.train import report
 from zoo.train.checkpoint import load_checkpoint, save_checkpoint, write
 from zoo.train.device import make_accelerator
+from zoo.train.partial import batch_norm_momentum, only_head, plain_state, with_adapters
 from zoo.train.progress import Progress
 from zoo.train.recipe import Optim, Recipe, Train, load_recipe
 from zoo.train.run_folder import RunFolder, read_json, write_json, write_metrics, write_text
@@ -62,12 +64,18 @@ class Result:
             pictures, ``top1`` and ``top5`` (percent), for text ``perplexity``.
         epoch: The epoch they are from, counted from 1.
         seconds: Wall-clock time of training and validation, over all sittings.
+        raw: Figures of the same epoch's weights without averaging; the same as ``metrics`` where nothing is averaged.
     """
 
     folder: Path
     metrics: dict[str, float]
     epoch: int
     seconds: float
+    raw: dict[str, float]
+
+
+class _OutOfMemory(TrainingError):
+    """A pass had more samples than memory takes."""
 
 
 def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Result:
@@ -100,11 +108,30 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool 
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"Cannot make the run folder {folder.path}: {error.strerror}.") from error
-    return _Run(recipe, folder, quiet=quiet).run()
+    if recipe.train.micro_batch >= 0:
+        return _Run(recipe, folder, quiet=quiet).run()
+    limit = recipe.train.batch_size
+    while True:
+        try:
+            return _Run(recipe, folder, quiet=quiet, micro_batch=limit).run()
+        except _OutOfMemory:
+            if limit == 1:
+                raise
+            limit //= 2
+            _logger.warning("out of memory: going on with passes of %d samples, accumulated to the same batch", limit)
+            torch.cuda.empty_cache()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool) -> None:
+    """A sitting of a run.
+
+    Args:
+        recipe, folder: What is trained, and where it is kept.
+        quiet: Show no progress.
+        micro_batch: Instead of the recipe's.
+    """
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool, micro_batch: int | None = None) -> None:
         from timm.utils.model_ema import ModelEmaV3
 
         report.require_plotting()
@@ -119,7 +146,8 @@ class _Run:
             sharding=recipe.train.sharding,
             offload=recipe.train.offload,
         )
-        self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes)
+        limit = max(recipe.train.micro_batch, 0) if micro_batch is None else micro_batch
+        self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes, limit)
         self.accelerator.gradient_accumulation_steps = self.accumulate
         self.task = TASKS[recipe.task](recipe)
         self.task.check_batch(self.micro_batch)
@@ -134,12 +162,29 @@ class _Run:
         self.train_loader = self._make_train_loader()
         self.val_loader = eval_loader(self.task.val_samples, recipe, self.micro_batch, self.accelerator)
         model = self.task.model
+        if recipe.train.bn_momentum:
+            batch_norm_momentum(model, recipe.train.bn_momentum)
+        if recipe.train.tune == "head":
+            only_head(model)
+        elif recipe.train.tune == "lora":
+            with_adapters(model, recipe.lora)
+        if recipe.train.sync_bn and self.accelerator.num_processes > 1:
+            if self.accelerator.device.type == "cpu":
+                _logger.warning("train.sync_bn has no effect on CPUs: torch has no such batch norm for them")
+            else:
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self._drop_paths = [
+            (module, module.rate) for module in model.modules() if isinstance(module, DropPath) and module.rate
+        ]
         if recipe.train.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = model.to(self.accelerator.device)
         self.peak_rate = _peak_rate(recipe)
         optimizer = _make_optimizer(model, recipe.optim, self.peak_rate)
-        self.ema = ModelEmaV3(model, decay=recipe.train.ema, use_warmup=True) if recipe.train.ema else None
+        self.ema = None
+        if recipe.train.ema:
+            self.ema = ModelEmaV3(model, decay=recipe.train.ema, use_warmup=recipe.train.ema_warmup)
+            self.task.average = self.ema.module
         if recipe.train.compile:
             model.compile()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -171,6 +216,7 @@ class _Run:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             pruning=self.pruning,
+            repeats=recipe.augment.repeats,
         )
         data = recipe.data
         return Loader(self.task.train_samples, sampler, workers=data.workers, max_corrupt=data.max_corrupt)
@@ -203,7 +249,7 @@ class _Run:
         self._clock = time.perf_counter()
         try:
             with self.progress, _on_sigterm(self._terminate):
-                while self.epoch < recipe.schedule.epochs:
+                while not self._finished:
                     self._train_epoch()
                     self._finish_epoch()
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -215,19 +261,29 @@ class _Run:
                 tracker.finish()
             self.train_loader.close()
             self.val_loader.close()
-        result = Result(folder.path, _figures(self.best), int(self.best["epoch"]), self.seconds)
+        raw = _figures(self.best, "val_")
+        result = Result(folder.path, _figures(self.best), int(self.best["epoch"]), self.seconds, raw)
         if self.accelerator.is_main_process:
             report.plot_curves(self.history, folder.curves)
             self._write_report(result)
-            write_json(folder.result, {"metrics": result.metrics, "epoch": result.epoch, "seconds": result.seconds})
+            values = {"metrics": result.metrics, "raw": raw, "epoch": result.epoch, "seconds": result.seconds}
+            write_json(folder.result, values)
         self.accelerator.wait_for_everyone()
         return result
+
+    @property
+    def _finished(self) -> bool:
+        if self.epoch >= self.recipe.schedule.epochs:
+            return True
+        patience = self.recipe.train.patience
+        return bool(patience and self.best and self.epoch - self.best["epoch"] >= patience)
 
     def _write_report(self, result: Result) -> None:
         """One page about the run. The model shown is that of ``model.safetensors``, whichever epoch it is from."""
         recipe, scoring = self.recipe, self.task.scoring
         # A model that is shared out runs on all processes or on none, and this is the main one alone.
-        model = build(self.config) if is_sharded(self.accelerator) else self.plain_model
+        as_built = not is_sharded(self.accelerator) and recipe.train.tune != "lora"
+        model = self.plain_model if as_built else build(self.config)
         fit_state_dict(model, load_state_dict(self.folder.weights), family_of(self.config))
         model.to(self.accelerator.device).eval()
         last = self.history[-1]
@@ -259,6 +315,8 @@ class _Run:
         self.train_loader.set_epoch(self.epoch, self.epoch_step * recipe.train.batch_size)
         self.progress.start_epoch()
         self.model.train()
+        if recipe.train.tune == "head":
+            self.plain_model.eval()  # the features are those of evaluation, and batch statistics stay as they are
         batches = iter(self.train_loader)
         alone = accelerator.num_processes == 1
         while self.epoch_step < self.epoch_steps:
@@ -279,6 +337,10 @@ class _Run:
         torch.manual_seed(derive_seed(self.recipe.seed, self.step, accelerator.process_index))
         if set_step := getattr(self.plain_model, "set_step", None):
             set_step(self.step)  # what changes over training, such as capacities, is a function of the step too
+        self.task.share = (self.epoch + self.epoch_step / self.epoch_steps) / self.recipe.schedule.epochs
+        if self.recipe.train.drop_path_grows:
+            for module, final in self._drop_paths:
+                module.rate = final * self.task.share
         loss = self._optimiser_step(batches)
         self._unchecked.append((self.step, rate, loss))
         self.step += 1
@@ -389,7 +451,7 @@ class _Run:
             advice.append("use train.precision='bf16'")
         if not train.checkpoint_activations:
             advice.append("set train.checkpoint_activations=true")
-        return TrainingError(f"Out of memory at step {self.step}. To go on, {', or '.join(advice)}.")
+        return _OutOfMemory(f"Out of memory at step {self.step}. To go on, {', or '.join(advice)}.")
 
     def _finish_epoch(self) -> None:
         recipe, accelerator, scoring = self.recipe, self.accelerator, self.task.scoring
@@ -413,7 +475,7 @@ class _Run:
         metric, sign = f"{chosen}_{scoring.best}", 1 if scoring.higher_is_better else -1
         if recipe.train.keep == "last" or not self.best or sign * row[metric] > sign * self.best[metric]:
             self.best = row
-            state = {name: whole(tensor) for name, tensor in candidates[chosen].state_dict().items()}
+            state = {name: whole(tensor) for name, tensor in plain_state(candidates[chosen]).items()}
             if accelerator.is_main_process:
                 write(self.folder.weights, state, self._weights_metadata())
         self._save()
@@ -498,8 +560,13 @@ def _on_sigterm(react: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _passes(train: Train, world: int) -> tuple[int, int]:
+def _passes(train: Train, world: int, limit: int) -> tuple[int, int]:
     """Samples per process and forward pass, and passes per optimiser step, that make the recipe's batch.
+
+    Args:
+        train: The recipe's section.
+        world: Processes.
+        limit: Most samples per process and pass; 0 for none.
 
     Raises:
         RecipeError: If the batch cannot be shared out among the processes.
@@ -511,7 +578,7 @@ def _passes(train: Train, world: int) -> tuple[int, int]:
             f"they can is {nearest_size}."
         )
     each = train.batch_size // world
-    limit = min(train.micro_batch or each, each)
+    limit = min(limit or each, each)
     micro = next(size for size in range(limit, 0, -1) if each % size == 0)
     return micro, each // micro
 
@@ -563,6 +630,8 @@ def _make_optimizer(model: nn.Module, optim: Optim, rate: float) -> torch.optim.
     if optim.name not in names:
         raise RecipeError(f"optim.name is {optim.name!r}, which timm does not know.{nearest(optim.name, names)}")
     options: dict[str, Any] = {"fused": True} if optim.name in _FUSED else {}
+    if optim.eps:
+        options["eps"] = optim.eps
     try:
         return create_optimizer_v2(
             model,
@@ -577,15 +646,16 @@ def _make_optimizer(model: nn.Module, optim: Optim, rate: float) -> torch.optim.
         raise RecipeError(f"optim.name is {optim.name!r}, which does not work here: {reason(error)}.") from error
 
 
-def _figures(row: dict[str, float]) -> dict[str, float]:
-    """The figures of the weights that were kept: the average's where there is one."""
-    prefix = "ema_" if any(key.startswith("ema_") for key in row) else "val_"
+def _figures(row: dict[str, float], prefix: str = "") -> dict[str, float]:
+    """The figures of the weights that were kept, the average's where there is one, or those that ``prefix`` names."""
+    prefix = prefix or ("ema_" if any(key.startswith("ema_") for key in row) else "val_")
     return {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
 
 
 def _read_result(folder: RunFolder) -> Result:
     values = read_json(folder.result)
-    return Result(folder.path, values["metrics"], values["epoch"], values["seconds"])
+    raw = values.get("raw", {})  # runs before 0.1 have none
+    return Result(folder.path, values["metrics"], values["epoch"], values["seconds"], raw)
 
 
 def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:

@@ -27,7 +27,9 @@ def finetune(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bo
     result = train(recipe, out, resume=resume, quiet=quiet)
     if not recipe.train.from_scratch:
         return Comparison(result, None)
-    scratch = recipe.replace(**{"model.pretrained": False, "model.checkpoint": "", "train.from_scratch": False})
+    scratch = recipe.replace(
+        **{"model.pretrained": False, "model.checkpoint": "", "train.from_scratch": False, "train.tune": "all"}
+    )
     baseline = train(scratch, Path(out) / "from_scratch", resume=resume, quiet=quiet)
     folder = RunFolder(Path(out))
     histories = [_read_metrics(RunFolder(run.folder)) for run in (result, baseline)]

@@ -1,7 +1,9 @@
 """Recipes: TOML files that say what is trained on what, and how. Imports no torch.
 
 A recipe is resolved into a checked :class:`Recipe`; every unknown key and every wrong type is reported at once, with
-the nearest valid key. A recipe may name one other as its ``base``, whose values it overrides.
+the nearest valid key. A recipe may name one other as its ``base``, whose values it overrides. ``numbers = "paper"``
+says that a file's values are those of a paper or of its authors' code, but for lines with the comment ``# ours``;
+without it they are ours.
 """
 
 import dataclasses
@@ -66,15 +68,27 @@ class Augment:
     mixup: float = 0.0  # alpha of the beta distribution; 0 for none
     cutmix: float = 0.0
     smoothing: float = 0.0  # of the labels
+    repeats: int = 1  # times a picture comes, each time varied anew, one right after the other (arXiv:1902.05509)
+    interpolation: str = ""  # of training pictures alone: "random" is bilinear or bicubic; empty: as data.interpolation
+    sizes: tuple[int, ...] = ()  # sides in pixels of which every batch is resized to one by chance; empty: as they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What the answers cost."""
+
+    name: str = "ce"  # "ce": cross-entropy, or "bce": binary cross-entropy of every class on its own, their mean
+    class_weights: bool = False  # weigh samples by how rare their class is in the training data, 1 on average
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
     """A teacher whose answers are learned besides the labels."""
 
-    teacher: str = ""  # a model with weights, as variant or variant.tag, or a run folder; empty: no teacher
+    teacher: str = ""  # a model with weights, "timm:NAME", a run folder, or "ema": the averaged weights; empty: none
+    start: float = 0.0  # share of the training after which the teacher has its say
     kind: str = "soft"  # "soft": its probabilities, "hard": its best answer, "feature": how it tells samples apart
-    alpha: float = 0.5  # share of the teacher in the loss; with "feature", its weight besides the labels'
+    alpha: float = 0.5  # share of the teacher in the loss; with "feature" or "ema", its weight besides the labels'
     temperature: float = 1.0  # of "soft"
 
 
@@ -87,7 +101,8 @@ class Optim:
     lr_batch: int = 0  # the batch size that lr is meant for; 0: train.batch_size
     lr_rule: str = "linear"  # how lr grows with train.batch_size / lr_batch: "linear" or "sqrt"
     weight_decay: float = 0.05
-    momentum: float = 0.9  # of SGD
+    momentum: float = 0.9  # of SGD and RMSprop
+    eps: float = 0.0  # added to the denominator; 0: the optimiser's own
     layer_decay: float = 1.0  # learning rate of each layer over that of the one after it
     clip: float = 0.0  # 0 for none
     clip_mode: str = "norm"  # "norm", "value", or "agc" for adaptive gradient clipping
@@ -101,6 +116,8 @@ class Schedule:
     name: str = "cosine"  # "cosine", "linear", "constant", "wsd" or "step"
     warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6
+    warmup_prefix: bool = False  # the rest's time starts when the warm-up ends, not with the training (timm's word)
+    cooldown_epochs: int = 0  # of the epochs, the last ones, at min_lr
     min_lr: float = 1e-6
     decay_epochs: float = 1.0  # of "wsd": the last ones; of "step": between two steps
     decay_rate: float = 0.1  # of "step"
@@ -113,7 +130,9 @@ class Train:
     """How the loop runs."""
 
     batch_size: int = 128  # samples per optimiser step, over all processes and passes
-    micro_batch: int = 0  # most samples per process and forward pass, accumulated to the above; 0: no limit
+    micro_batch: int = (
+        0  # most samples per process and pass, accumulated to the above; 0: no limit, -1: what memory has
+    )
     precision: str = "fp32"  # "fp32", "bf16" or "fp16"
     channels_last: bool = True
     compile: bool = False  # with torch.compile
@@ -122,11 +141,26 @@ class Train:
         ""  # "fsdp2": processes share the model out; empty: each holds it, unless `accelerate config` says so
     )
     offload: bool = False  # with sharding: parameters and the optimiser's state wait in the host's memory
-    ema: float = 0.0  # decay of the averaged weights, with timm's warm-up; 0 for none
+    tune: str = "all"  # what is trained: "all", "head" (a linear probe), or "lora" (as the lora section says)
+    bn_momentum: float = 0.0  # of batch norms: share of a batch in the running statistics; 0: the model's own
+    sync_bn: bool = False  # batch norms see the batch of all processes, not of theirs alone
+    drop_path_grows: bool = False  # drop path rises from 0 to the model's rate in the course of the training
+    ema: float = 0.0  # decay of the averaged weights; 0 for none
+    ema_warmup: bool = True  # the decay rises to that, as 1 - (step + 1)^(-2/3), so that early averages are worth it
+    patience: int = 0  # epochs without a better one after which the training ends; 0: never
     keep: str = "best"  # which epoch's weights become model.safetensors: "best" on the held-out part, or "last"
     save_steps: int = 0  # also checkpoint every so many optimiser steps, besides after every epoch
     tensorboard: bool = True
     from_scratch: bool = False  # train once more without pretrained weights, and compare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters of linear layers and 1 x 1 convolutions (arXiv:2106.09685); the classifier is trained whole."""
+
+    rank: int = 8
+    alpha: float = 16.0  # the adapters' outputs are multiplied by alpha / rank
+    dropout: float = 0.0  # of the adapters' inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +173,12 @@ class Recipe:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
+    loss: Loss = field(default_factory=Loss)
     distill: Distill = field(default_factory=Distill)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     train: Train = field(default_factory=Train)
+    lora: Lora = field(default_factory=Lora)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
@@ -170,20 +206,55 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: If it cannot be found or parsed, or has unknown keys or wrong values (all are listed).
     """
-    path = find_recipe(recipe)
+    layers = read_layers(recipe)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = _merge(values, layer.values)
+    for key, value in parse_overrides(overrides):
+        _set(values, key, value)
+    return resolve(values, str(layers[-1].path))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one file of a recipe says."""
+
+    path: Path
+    values: dict[str, Any]
+    numbers: str  # "paper" if its values are those of a paper or its authors' code, except where marked; else "ours"
+
+
+def read_layers(recipe: str | Path) -> list[Layer]:
+    """The files that a recipe consists of: its base, if it has one, and itself. Arguments and errors as above."""
+    layer, base = _read_layer(find_recipe(recipe))
+    if base is None:
+        return [layer]
+    below, deeper = _read_layer(_find_base(layer.path, base))
+    if deeper is not None:
+        raise RecipeError(f"{layer.path}: its base {below.path} has a base itself; one level is all there is.")
+    return [below, layer]
+
+
+def _read_layer(path: Path) -> tuple[Layer, Any]:
+    """A file without the two keys that are about it; the second is the name of its base, if it has one."""
     values = _read(path)
-    if "base" in values:
-        base_path = _find_base(path, values.pop("base"))
-        base = _read(base_path)
-        if "base" in base:
-            raise RecipeError(f"{path}: its base {base_path} has a base itself; one level is all there is.")
-        values = _merge(base, values)
+    base, numbers = values.pop("base", None), values.pop("numbers", "ours")
+    if numbers not in ("paper", "ours"):
+        raise RecipeError(f"{path}: numbers is {numbers!r}, expected 'paper' or 'ours'.")
+    return Layer(path, values, numbers), base
+
+
+def parse_overrides(overrides: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """``"section.key=value"`` strings as (dotted name, value).
+
+    Raises:
+        RecipeError: If one of them is something else.
+    """
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise RecipeError(f"Override {override!r}: expected section.key=value, such as optim.lr=1e-3.")
-        _set(values, key.strip(), parse_value(text.strip()))
-    return resolve(values, str(path))
+        yield key.strip(), parse_value(text.strip())
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -211,9 +282,10 @@ def _find_base(recipe: Path, name: Any) -> Path:
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes that zoo ships."""
+    """Names of the recipes that zoo ships; what is only a base for others is in ``_base`` and not among them."""
     root = folder("recipes")
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def resolve(values: Mapping[str, Any], origin: str) -> Recipe:
@@ -261,7 +333,11 @@ def _coerce(value: Any, annotation: Any) -> Any:
     """``value`` as the annotation wants it: integers serve as floats and lists as tuples; else TypeError."""
     if typing.get_origin(annotation) is tuple:
         kinds = typing.get_args(annotation)
-        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        if len(value) != len(kinds):
             raise TypeError
         return tuple(_coerce(item, kind) for item, kind in zip(value, kinds, strict=True))
     if typing.get_origin(annotation) is dict:
@@ -280,7 +356,8 @@ def _describe(annotation: Any) -> str:
     if typing.get_origin(annotation) is dict:
         return "a table"
     if typing.get_origin(annotation) is tuple:
-        return f"a list of {len(typing.get_args(annotation))} numbers"
+        kinds = typing.get_args(annotation)
+        return "a list of integers" if kinds[-1] is ... else f"a list of {len(kinds)} numbers"
     return words[annotation]
 
 
@@ -299,7 +376,10 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "optim.lr_batch",
             "schedule.start_size",
             "schedule.grow_epochs",
-            "train.micro_batch",
+            "optim.eps",
+            "schedule.cooldown_epochs",
+            "train.patience",
+            "lora.alpha",
             "augment.mixup",
             "augment.cutmix",
             "optim.weight_decay",
@@ -310,7 +390,13 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "train.save_steps",
         ),
     ),
-    ("1 or more", lambda value: value >= 1, ("schedule.epochs", "train.batch_size", "data.seq_len")),
+    (
+        "1 or more",
+        lambda value: value >= 1,
+        ("schedule.epochs", "train.batch_size", "data.seq_len", "augment.repeats", "lora.rank"),
+    ),
+    ("0 or more, or -1", lambda value: value >= -1, ("train.micro_batch",)),
+    ("sides of 32 or more", lambda value: all(side >= 32 for side in value), ("augment.sizes",)),
     (
         "more than 0",
         lambda value: 0 < value < math.inf,
@@ -320,7 +406,15 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "0 or more, less than 1",
         lambda value: 0 <= value < 1,
-        ("augment.smoothing", "optim.momentum", "train.ema", "data.prune_fraction"),
+        (
+            "augment.smoothing",
+            "optim.momentum",
+            "train.ema",
+            "data.prune_fraction",
+            "distill.start",
+            "lora.dropout",
+            "train.bn_momentum",
+        ),
     ),
     ("more than 0, less than 1", lambda value: 0 < value < 1, ("data.holdout",)),
     ("more than 0, at most 1", lambda value: 0 < value <= 1, ("optim.layer_decay",)),
@@ -330,11 +424,14 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 _CHOICES = {
     "task": ("image-classification", "language-modelling"),
     "data.pruning": ("", "random", "loss"),
+    "augment.interpolation": ("", "random", "bicubic", "bilinear", "nearest"),
+    "loss.name": ("ce", "bce"),
     "distill.kind": ("soft", "hard", "feature"),
     "optim.lr_rule": ("linear", "sqrt"),
     "schedule.name": ("cosine", "linear", "constant", "wsd", "step"),
     "data.interpolation": ("", "bicubic", "bilinear", "nearest"),
     "optim.clip_mode": ("norm", "value", "agc"),
+    "train.tune": ("all", "head", "lora"),
     "train.keep": ("best", "last"),
     "train.precision": ("fp32", "bf16", "fp16"),
     "train.sharding": ("", "fsdp2"),
@@ -343,7 +440,7 @@ _CHOICES = {
 
 def _check(recipe: Recipe) -> list[str]:
     """What a type alone does not say."""
-    values = dict(_leaves(recipe))
+    values = dict(leaves(recipe))
     problems = []
     for expected, holds, keys in _RULES:
         problems += [f"{key} is {_show(values[key])}, expected {expected}" for key in keys if not holds(values[key])]
@@ -367,12 +464,27 @@ def _check(recipe: Recipe) -> list[str]:
             f"schedule.decay_epochs is {schedule.decay_epochs:g}, expected at most the {schedule.epochs} epochs less "
             "the warm-up"
         )
-    if distill.teacher and distill.kind != "feature" and distill.alpha > 1:
+    if distill.teacher == "ema" and (distill.kind != "soft" or not recipe.train.ema):
+        problems.append("distill.teacher is 'ema', expected distill.kind='soft' and train.ema with it")
+    if distill.teacher not in ("", "ema") and distill.kind != "feature" and distill.alpha > 1:
         problems.append(f"distill.alpha is {distill.alpha:g}, expected 0 to 1")
+    if schedule.cooldown_epochs + schedule.warmup_epochs > schedule.epochs - 1 and schedule.cooldown_epochs:
+        problems.append(
+            f"schedule.cooldown_epochs is {schedule.cooldown_epochs}, expected less than the {schedule.epochs} epochs "
+            "less the warm-up"
+        )
+    if data.streaming and recipe.augment.repeats > 1:
+        problems.append("data.streaming reads a picture once, expected augment.repeats=1")
+    if recipe.train.tune != "all" and recipe.train.sharding:
+        problems.append("train.sharding shares out models that are trained whole, expected train.tune='all'")
     if recipe.train.offload and not recipe.train.sharding:
         problems.append("train.offload goes with train.sharding, expected 'fsdp2' there")
     if recipe.train.sharding and recipe.optim.clip and recipe.optim.clip_mode == "agc":
         problems.append("optim.clip_mode is 'agc', which needs whole parameters; expected 'norm' with train.sharding")
+    if recipe.train.patience and recipe.train.keep == "last":
+        problems.append("train.patience waits for a better epoch, expected train.keep='best'")
+    if recipe.train.tune != "all" and not (model.pretrained or model.checkpoint):
+        problems.append(f"train.tune is {recipe.train.tune!r}, which needs weights to start from; set model.pretrained")
     if model.pretrained and model.checkpoint:
         problems.append("model has both pretrained and checkpoint, expected one of them")
     if recipe.train.from_scratch and not (model.pretrained or model.checkpoint):
@@ -390,19 +502,19 @@ def _show(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
-def _leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a recipe with its dotted name."""
     for spec in fields(part):
         value = getattr(part, spec.name)
         if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{spec.name}.")
+            yield from leaves(value, f"{prefix}{spec.name}.")
         else:
             yield f"{prefix}{spec.name}", value
 
 
 def _all_keys() -> list[str]:
     sections = [spec.name for spec in fields(Recipe) if dataclasses.is_dataclass(getattr(Recipe(), spec.name))]
-    return [*sections, *(key for key, _ in _leaves(Recipe()))]
+    return [*sections, *(key for key, _ in leaves(Recipe()))]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,21 +12,34 @@ def learning_rate(schedule: "Schedule", peak: float, epoch: float) -> float:
 
     After a linear warm-up from ``warmup_lr`` to ``peak``:
 
-    - ``cosine``: half a cosine from ``peak`` to ``min_lr``, whose time counts from the start of training, as timm's.
+    - ``cosine``: half a cosine from ``peak`` to ``min_lr``, whose time counts from the start of training, as timm's;
+      with ``warmup_prefix``, from the end of the warm-up.
     - ``linear``: a straight line from ``peak``, at the end of the warm-up, to ``min_lr``.
     - ``constant``: ``peak``.
     - ``wsd``, warm-up-stable-decay (arXiv:2404.06395): ``peak``, then a straight line to ``min_lr`` over the last
       ``decay_epochs``.
     - ``step``: ``peak`` times ``decay_rate`` for every ``decay_epochs`` since training began, at least ``min_lr``.
 
+    The last ``cooldown_epochs`` are at ``min_lr``, and the rest is as if they were not there.
+
     Args:
         schedule: The recipe's section.
         peak: The rate at the end of the warm-up.
         epoch: Epochs done, from 0 to ``schedule.epochs``.
     """
-    warmup, end, floor = schedule.warmup_epochs, schedule.epochs, schedule.min_lr
+    warmup, end, floor = schedule.warmup_epochs, schedule.epochs - schedule.cooldown_epochs, schedule.min_lr
     if epoch < warmup:
         return schedule.warmup_lr + (peak - schedule.warmup_lr) * epoch / warmup
+    if epoch >= end and schedule.cooldown_epochs:
+        return floor
+    if schedule.warmup_prefix:
+        return _decayed(schedule, peak, epoch - warmup, end - warmup, 0.0)
+    return _decayed(schedule, peak, epoch, end, warmup)
+
+
+def _decayed(schedule: "Schedule", peak: float, epoch: float, end: float, warmup: float) -> float:
+    """The rate after the warm-up, in a training that ends after ``end`` epochs."""
+    floor = schedule.min_lr
     if schedule.name == "cosine":
         return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * epoch / end))
     if schedule.name == "linear":

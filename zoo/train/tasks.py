@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.config import ImageConfig
 from zoo.data.augment import Mixing, TrainTransform
 from zoo.data.image import EvalTransform, decode_image
-from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader, Samples, TextSamples
+from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader, Samples, TextSamples, derive_seed
 from zoo.data.sources import ImageSource, Relabelled, StreamSource, open_source, open_stream, stratified_holdout
 from zoo.data.text import open_documents
 from zoo.data.tokens import IGNORED, Rows, Tokens, is_token_folder, load_tokenizer, read_tokens, tokenize
@@ -24,8 +24,8 @@ from zoo.errors import DataError, RecipeError
 from zoo.factory import create_model
 from zoo.preprocessing import Preprocessing
 from zoo.registry import get_config
-from zoo.train.distill import Teacher
-from zoo.train.recipe import Data, Recipe
+from zoo.train.distill import Teacher, self_taught
+from zoo.train.recipe import Data, Loss, Recipe
 from zoo.train.report import Page, confusion_picture, mistakes_picture
 from zoo.train.run_folder import ModelRecord, RunFolder, write_file
 from zoo.train.schedule import img_size_at
@@ -46,6 +46,8 @@ class Task(ABC):
         val_samples: What is looked at while training; every one of them once.
         scoring: How the model is judged on them.
         shuffle: Whether the sampler is to permute the training samples.
+        share: How much of the training is done, from 0 to 1; the loop sets it before every step.
+        average: The averaged weights as a model, which the loop sets if there are any.
     """
 
     model: nn.Module
@@ -53,6 +55,8 @@ class Task(ABC):
     val_samples: Samples
     scoring: Scoring
     shuffle = True
+    share = 0.0
+    average: nn.Module | None = None
 
     @abstractmethod
     def __init__(self, recipe: Recipe) -> None: ...
@@ -108,9 +112,24 @@ class ImageClassification(Task):
         self.train_samples = ImageSamples(self.source, self.train_indices, transform, seed=recipe.seed, replace=True)
         self.val_samples = eval_samples(self.val_source, self.val_indices, self.preprocessing)
         self.mixing = Mixing(augment, num_classes) if augment.mixup or augment.cutmix else None
-        self.smoothing = 0.0 if self.mixing else augment.smoothing  # mixing smooths the labels itself
+        smoothing = 0.0 if self.mixing else augment.smoothing  # mixing smooths the labels itself
+        weights = self._class_weights() if recipe.loss.class_weights else None
+        self.labels_loss = LabelsLoss(recipe.loss, smoothing, weights)
         distill = recipe.distill
-        self.teacher = Teacher(distill, self.model, self.classes, self.preprocessing) if distill.teacher else None
+        self.teacher: Teacher | None = None
+        if distill.teacher not in ("", "ema"):
+            self.teacher = Teacher(distill, self.model, self.classes, self.preprocessing)
+            if distill.kind != "feature" and hasattr(self.model, "set_distilled_training"):
+                self.model.set_distilled_training()  # one of its heads for the labels, the other for the teacher
+
+    def _class_weights(self) -> Tensor:
+        """``[num_classes]``: the inverse of how often a class comes in the training data, 1 for the average sample."""
+        if isinstance(self.source, StreamSource):
+            raise RecipeError("loss.class_weights counts the labels first; expected data.streaming=false.")
+        labels = self.source.labels if self.train_indices is None else self.source.labels[self.train_indices]
+        counts = np.bincount(labels, minlength=len(self.classes))
+        present = (counts > 0).sum()
+        return torch.tensor(len(labels) / (present * np.maximum(counts, 1)), dtype=torch.float32)
 
     def _open_data(self, recipe: Recipe) -> None:
         data = recipe.data
@@ -136,12 +155,22 @@ class ImageClassification(Task):
             raise RecipeError(f"A forward pass has {size} samples; mixup and cutmix need an even number.")
 
     def losses(self, model: nn.Module, batch: Batch, *seed: int) -> Tensor:
+        if self.recipe.augment.sizes:
+            batch = _resized(batch, self.recipe.augment.sizes, *seed)
         if self.mixing is not None:
             batch = self.mixing(batch, *seed)
-        if self.teacher is not None:
-            return self.teacher.losses(model, batch, smoothing=self.smoothing)
-        logits = model(batch.inputs)
-        return F.cross_entropy(logits.float(), batch.targets, label_smoothing=self.smoothing, reduction="none")
+        distill = self.recipe.distill
+        started = self.share >= distill.start
+        if self.teacher is not None and started:
+            return self.teacher.losses(model, batch, self.labels_loss)
+        answer = model(batch.inputs)
+        if isinstance(answer, tuple):  # two heads, whose average is the answer as long as there is no teacher for one
+            answer = sum(answer) / len(answer)
+        losses = self.labels_loss(answer, batch.targets)
+        if distill.teacher == "ema" and started:
+            assert self.average is not None  # the recipe was checked
+            losses = losses + distill.alpha * self_taught(answer, self.average, batch.inputs, self.recipe)
+        return losses
 
     def write_record(self, folder: RunFolder, config: Any) -> None:
         ModelRecord(self.recipe.model.name, config, self.preprocessing, self.classes).write(folder)
@@ -183,6 +212,44 @@ class ImageClassification(Task):
         else:
             digest.update(self.source.name.encode())
         return digest.hexdigest()
+
+
+class LabelsLoss:
+    """What logits ``[B, num_classes]`` cost beside labels ``[B]`` or shares of classes ``[B, num_classes]``: ``[B]``.
+
+    Args:
+        loss: Which.
+        smoothing: Of labels that are class indices.
+        weights: ``[num_classes]``, what a sample of each class counts.
+    """
+
+    def __init__(self, loss: Loss, smoothing: float, weights: Tensor | None = None) -> None:
+        self.loss, self.smoothing, self.weights = loss, smoothing, weights
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.float()
+        if self.loss.name == "ce":
+            losses = F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
+        else:
+            dense = targets
+            if targets.ndim == 1:
+                dense = F.one_hot(targets, logits.shape[1]).float()
+                dense = dense * (1 - self.smoothing) + self.smoothing / logits.shape[1]
+            losses = F.binary_cross_entropy_with_logits(logits, dense, reduction="none").mean(1)
+        if self.weights is None:
+            return losses
+        self.weights = self.weights.to(logits.device)
+        return losses * (self.weights[targets] if targets.ndim == 1 else targets @ self.weights)
+
+
+def _resized(batch: Batch, sizes: tuple[int, ...], *seed: int) -> Batch:
+    """The batch with its pictures resized to one of the sides, drawn from the seed."""
+    *step, _process = seed  # the same side for all processes, which wait for each other
+    side = sizes[derive_seed(*step, 0x51DE) % len(sizes)]
+    if batch.inputs.shape[-2:] == (side, side):
+        return batch
+    inputs = F.interpolate(batch.inputs, (side, side), mode="bicubic", antialias=True)
+    return dataclasses.replace(batch, inputs=inputs)
 
 
 class LanguageModelling(Task):
