@@ -4,9 +4,12 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from zoo.train.recipe import Recipe
 
 _Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that zoo ships.")]
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, such as optim.lr=1e-3 data.root=PATH.")]
@@ -15,26 +18,53 @@ _Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the
 _Show = Annotated[bool, typer.Option("--show", help="Print the resolved recipe and exit.")]
 
 
+_Data = Annotated[
+    str, typer.Option(help="Pictures to fine-tune MODEL on without a recipe: class folders, a file or a Hub data set.")
+]
+
+
 def train(
     recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = False, show: _Show = False
 ) -> None:
     """Train a model as a recipe says."""
-    _run(recipe, overrides or [], out, resume, show)
+    from zoo.train.recipe import find_recipe, load_recipe
+
+    _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
 
 
 def finetune(
-    recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = False, show: _Show = False
+    recipe: Annotated[str, typer.Argument(help="As for `zoo train`; or, with --data, a model with weights.")],
+    overrides: _Overrides = None,
+    data: _Data = "",
+    out: _Out = None,
+    resume: _Resume = False,
+    show: _Show = False,
 ) -> None:
-    """Fine-tune pretrained weights as a recipe says; with train.from_scratch, beside the same from random weights."""
-    _run(recipe, overrides or [], out, resume, show)
+    """Fine-tune pretrained weights, as a recipe says or, with --data, on pictures without a recipe.
 
-
-def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: bool) -> None:
-    from zoo.cli._output import console, table
-    from zoo.errors import require
+    With train.from_scratch, beside the same from random weights.
+    """
+    from zoo.errors import RecipeError
+    from zoo.registry import is_model
     from zoo.train.recipe import find_recipe, load_recipe
 
-    recipe = load_recipe(name, overrides)
+    if not data:
+        if is_model(recipe) and not Path(recipe).exists():
+            raise RecipeError(f"{recipe!r} is a model; expected --data with it, or a recipe (`zoo recipes list`).")
+        _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
+        return
+    from zoo.train.automatic import finetune_recipe
+
+    choice = finetune_recipe(recipe, data, overrides or [])
+    if not show:
+        print(*choice.notes, sep="\n")
+    _run(choice.recipe, out or Path("runs") / f"{recipe}-{Path(data).stem}", resume, show)
+
+
+def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
+    from zoo.cli._output import console, table
+    from zoo.errors import require
+
     if show:
         print(recipe.to_toml(), end="")
         return
@@ -43,7 +73,6 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
 
     from zoo.train.finetune import finetune
 
-    out = out or Path("runs") / find_recipe(name).stem
     try:
         comparison = finetune(recipe, out, resume=resume)
     except KeyboardInterrupt as interrupt:
@@ -55,14 +84,14 @@ def _run(name: str, overrides: list[str], out: Path | None, resume: bool, show: 
     figure, heading = ("top1", ">top-1 (%)") if "top1" in comparison.result.metrics else ("perplexity", ">perplexity")
     grid = table("held-out part", heading, ">loss (nats)", ">epoch", ">minutes")
     for label, result in (("this run", comparison.result), ("from scratch", comparison.from_scratch)):
-        if result is not None:
-            grid.add_row(
-                label,
-                f"{result.metrics[figure]:.2f}",
-                f"{result.metrics['loss']:.4f}",
-                str(result.epoch),
-                f"{result.seconds / 60:.1f}",
-            )
+        if result is None:
+            continue
+        rows = [(label, result.metrics)]
+        if result.raw and result.raw != result.metrics:
+            rows = [(f"{label}, averaged weights (kept)", result.metrics), (f"{label}, raw weights", result.raw)]
+        for name, figures in rows:
+            minutes = f"{result.seconds / 60:.1f}"
+            grid.add_row(name, f"{figures[figure]:.2f}", f"{figures['loss']:.4f}", str(result.epoch), minutes)
     screen.print(grid)
     say = partial(screen.print, soft_wrap=True, markup=False)
     say(f"\nWeights, curves and metrics are in {out}. Go on with:")

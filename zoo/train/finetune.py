@@ -32,11 +32,11 @@ def finetune(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bo
     )
     baseline = train(scratch, Path(out) / "from_scratch", resume=resume, quiet=quiet)
     folder = RunFolder(Path(out))
-    histories = [_read_metrics(RunFolder(run.folder)) for run in (result, baseline)]
+    histories = [read_metrics(RunFolder(run.folder)) for run in (result, baseline)]
     report.plot_curves(histories[0], folder.curves, other={"from scratch": histories[1]})
     return Comparison(result, baseline)
 
 
-def _read_metrics(folder: RunFolder) -> list[dict[str, float]]:
+def read_metrics(folder: RunFolder) -> list[dict[str, float]]:
     with folder.metrics.open(newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

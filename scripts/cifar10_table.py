@@ -1,0 +1,80 @@
+"""Evaluates runs of recipes of cifar10/ on the whole test set, and writes the README's table and its picture of curves.
+
+    for name in recipes/cifar10/*-short.toml recipes/cifar10/*-finetune.toml
+    do OMP_NUM_THREADS=1 zoo train $name data.root=PATH --out runs/$(basename $name .toml) --resume; done
+    python scripts/cifar10_table.py runs --root PATH --hardware "one core of ..."
+
+A recipe without a finished run has a row that says so. Nothing is trained here.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from zoo.atomic import write_atomically
+from zoo.train.evaluate import evaluate_run
+from zoo.train.finetune import read_metrics
+from zoo.train.recipe import list_recipes, load_recipe
+from zoo.train.run_folder import RunFolder, read_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, help="folder of run folders, each named as its recipe")
+    parser.add_argument("--root", default="", help="where the data set is, if not where the runs found it")
+    parser.add_argument("--hardware", required=True, help="what the runs were made on, for the table's caption")
+    arguments = parser.parse_args()
+    names = [name for name in list_recipes() if name.startswith("cifar10/") and name.endswith(("-short", "-finetune"))]
+    rows = [
+        "| recipe | px | pictures seen | test top-1 (%) | raw weights (%) | minutes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    histories: dict[str, list[dict[str, float]]] = {}
+    for name in names:
+        run = RunFolder(arguments.runs / Path(name).name)
+        recipe = load_recipe(name)
+        start = f"| `{name}` |"
+        if not run.result.is_file():
+            rows.append(f"{start} - | - | not run | - | - |")
+            continue
+        histories[name] = read_metrics(run)
+        figures = evaluate_run(run.path, split="test", root=arguments.root)
+        result, side = read_json(run.result), read_json(run.config)["preprocessing"]["img_size"][0]
+        seen = int(histories[name][-1]["step"]) * recipe.train.batch_size
+        rows.append(
+            f"{start} {side} | {seen:,} | {figures['top1']:.2f} | {result['raw']['top1']:.1f} (held out) | "
+            f"{result['seconds'] / 60:.1f} |"
+        )
+    table = "\n".join([*rows, "", f"Minutes are of the wall clock, on {arguments.hardware}."])
+    readme = ROOT / "README.md"
+    text = re.sub(
+        r"(<!-- cifar10 -->\n).*?(<!-- /cifar10 -->)",
+        lambda match: f"{match[1]}{table}\n{match[2]}",
+        readme.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    with write_atomically(readme) as file:
+        file.write(text.encode())
+    if histories:
+        _plot(histories, ROOT / "docs" / "cifar10.png")
+    print(table)
+
+
+def _plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    canvas, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, rows in histories.items():
+        share = [row["epoch"] / len(rows) for row in rows]
+        axes.plot(share, [row["ema_top1"] for row in rows], marker=".", label=name.removeprefix("cifar10/"))
+    axes.set(xlabel="share of the budget", ylabel="top-1 on 1,000 held-out pictures (%)", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with write_atomically(path) as file:
+        canvas.savefig(file, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What papers' recipes and fine-tuning ask of the loop: parts that are trained, losses, repeats, early ends."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo.data.loader import EpochSampler
+from zoo.errors import RecipeError
+from zoo.train import engine
+from zoo.train.automatic import finetune_recipe
+from zoo.train.engine import _Run, train
+from zoo.train.partial import plain_state
+from zoo.train.recipe import Loss, resolve
+from zoo.train.run_folder import RunFolder
+from zoo.train.schedule import learning_rate
+from zoo.train.tasks import LabelsLoss
+
+
+@pytest.fixture
+def weights(tiny_recipe: Callable, tmp_path: Path) -> str:
+    """Weights of the tiny model, to fine-tune."""
+    from safetensors.torch import save_file
+
+    recipe = tiny_recipe()
+    torch.manual_seed(1)
+    model = zoo.create_model(recipe.model.name, num_classes=3, **recipe.model.overrides)
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    return str(tmp_path / "start.safetensors")
+
+
+def two_steps(run: _Run) -> None:
+    run.train_loader.set_epoch(0)
+    run.progress.start_epoch()
+    run.model.train()
+    if run.recipe.train.tune == "head":
+        run.plain_model.eval()
+    batches = iter(run.train_loader)
+    for _ in range(2):
+        run._step(batches)
+
+
+def test_a_linear_probe_changes_the_classifier_alone(tiny_recipe: Callable, weights: str, tmp_path: Path) -> None:
+    recipe = tiny_recipe(**{"train.tune": "head", "model.checkpoint": weights})
+    run = _Run(recipe, RunFolder(tmp_path / "run"), quiet=True)
+    before = {name: tensor.clone() for name, tensor in run.plain_model.state_dict().items()}
+    two_steps(run)
+    after = run.plain_model.state_dict()
+    assert {name for name in before if (before[name] != after[name]).any()} == {
+        "head.linear.weight",
+        "head.linear.bias",
+    }
+
+
+def test_lora_trains_adapters_and_keeps_ordinary_weights(tiny_recipe: Callable, weights: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    recipe = tiny_recipe(**{"train.tune": "lora", "model.checkpoint": weights, "lora.rank": 4, "train.ema": 0.5})
+    run = _Run(recipe, RunFolder(tmp_path / "run"), quiet=True)
+    two_steps(run)
+    trained = {name for name, tensor in run.plain_model.named_parameters() if tensor.requires_grad}
+    assert all("lora_" in name or name.startswith("head.linear.") for name in trained)
+    plain = zoo.build(run.config)
+    plain.load_state_dict(plain_state(run.plain_model))  # strict: every name is there, and no other
+    inputs = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(plain.eval()(inputs), run.plain_model.eval()(inputs), rtol=1e-4, atol=1e-5)
+    result = train(recipe.replace(**{"schedule.epochs": 1}), tmp_path / "whole", quiet=True)
+    assert zoo.create_model(f"local-dir:{result.folder}").num_classes == 3
+    assert result.raw.keys() == result.metrics.keys()
+
+
+def test_training_ends_early_when_it_gets_no_better(tiny_recipe: Callable, tmp_path: Path) -> None:
+    recipe = tiny_recipe(**{"optim.lr": 1e-12, "schedule.warmup_lr": 0.0, "train.patience": 1, "schedule.epochs": 9})
+    result = train(recipe, tmp_path / "run", quiet=True)
+    assert len((result.folder / "metrics.csv").read_text().splitlines()) <= 4
+    with pytest.raises(
+        RecipeError, match=r"^recipe: train.patience waits for a better epoch, expected train.keep='best'"
+    ):
+        recipe.replace(**{"train.keep": "last"})
+
+
+def test_passes_shrink_until_memory_has_them(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _Run._optimiser_step
+
+    def limited(self: _Run, batches: object) -> torch.Tensor:
+        if self.micro_batch > 2:
+            raise torch.OutOfMemoryError
+        return step(self, batches)
+
+    monkeypatch.setattr(engine._Run, "_optimiser_step", limited)
+    recipe = tiny_recipe(**{"train.micro_batch": -1, "schedule.epochs": 1})
+    assert train(recipe, tmp_path / "run", quiet=True).epoch == 1
+    with pytest.raises(zoo.errors.TrainingError, match=r"^Out of memory at step 0"):
+        train(recipe.replace(**{"train.micro_batch": 4}), tmp_path / "other", quiet=True)
+
+
+def test_repeats_come_one_after_the_other_and_cover_a_part() -> None:
+    samplers = [EpochSampler(12, 2, shuffle=True, seed=3, rank=rank, world=2, repeats=3) for rank in range(2)]
+    batches = [list(sampler) for sampler in samplers]
+    keys = [key for pair in zip(*batches, strict=True) for each in zip(*pair, strict=True) for key in each]
+    assert len(keys) == 12
+    assert [repeat for _, _, repeat in keys] == [0, 1, 2] * 4
+    positions = [position for _, position, _ in keys]
+    assert positions == [position for position in positions[::3] for _ in range(3)]
+    assert len(set(positions)) == 4
+
+
+def test_binary_cross_entropy_is_timms_and_weights_multiply() -> None:
+    from timm.loss import BinaryCrossEntropy
+
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
+    own = LabelsLoss(Loss(name="bce"), 0.1)(logits, labels)
+    torch.testing.assert_close(own.mean(), BinaryCrossEntropy(smoothing=0.1)(logits, labels))
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    plain, weighed = (LabelsLoss(Loss(), 0.0, each)(logits, labels) for each in (None, weights))
+    torch.testing.assert_close(weighed, plain * weights[labels])
+    shares = torch.nn.functional.one_hot(labels, 4).float()
+    torch.testing.assert_close(LabelsLoss(Loss(), 0.0, weights)(logits, shares), weighed)
+
+
+def test_a_prefixed_warm_up_and_a_cool_down() -> None:
+    values = {"epochs": 10, "warmup_epochs": 2, "warmup_prefix": True, "cooldown_epochs": 2, "min_lr": 0.1}
+    schedule = resolve({"model": {"name": "a"}, "data": {"name": "b"}, "schedule": values}, "here").schedule
+    assert learning_rate(schedule, 1.0, 2) == 1.0
+    assert learning_rate(schedule, 1.0, 5) == pytest.approx(0.55)  # half of the six epochs between the two
+    assert learning_rate(schedule, 1.0, 8) == learning_rate(schedule, 1.0, 9.9) == 0.1
+
+
+def test_a_recipe_is_made_for_pictures_without_one(class_folder: Path, tmp_path: Path) -> None:
+    model = "efficientvit_m0.zoo_cifar10"
+    choice = finetune_recipe(model, str(class_folder), ["optim.lr=2e-3"])
+    recipe = choice.recipe
+    assert (recipe.model.name, recipe.data.name) == (model, str(class_folder))
+    assert (recipe.data.holdout, recipe.data.val_split) == (0.2, "")
+    assert (recipe.train.batch_size, recipe.schedule.epochs, recipe.optim.lr) == (8, 30, 2e-3)
+    assert not recipe.loss.class_weights
+    assert choice.notes[0] == "60 pictures of 3 classes to train on"
+
+    for split in ("train", "val"):
+        shutil.copytree(class_folder, tmp_path / "data" / split)
+    for path in list((tmp_path / "data" / "train" / "red").iterdir())[:15]:
+        path.unlink()
+    recipe = finetune_recipe(model, str(tmp_path / "data")).recipe
+    assert (recipe.data.val_split, recipe.data.test_split, recipe.loss.class_weights) == ("val", "", True)
+    with pytest.raises(zoo.WeightsError, match=r"^lowformer_b2 has no pretrained weights"):
+        finetune_recipe("lowformer_b2", str(class_folder))
