@@ -47,18 +47,20 @@ def finetune_recipe(model: str, data: str, overrides: Iterable[str] = ()) -> Cho
         raise RecipeError(f"{model} reads text; expected an image model, or a recipe (`zoo recipes list`).")
     get_weights(model)  # or the error that says where there are some
     overrides = list(overrides)
-    given = {key for key, _ in parse_overrides(overrides)}
+    wanted = dict(parse_overrides(overrides))
     source = open_source(data)
     values: dict[str, object] = {"model.name": model, "data.name": str(Path(data)) if Path(data).exists() else data}
     count, notes = len(source), [f"{len(source):,} pictures of {len(source.classes)} classes to train on"]
     found = {split: other for split in ("val", "test") if (other := _split(data, split, source)) is not None}
     if "test" in found and "val" in found and _same(found["test"], found["val"]):
         del found["test"]  # a folder without one has given its other split
-    if "val" in found:
+    if "data.val_split" in wanted:
+        pass
+    elif "val" in found:
         values["data.val_split"] = "val"
         notes.append(f"the data's own split 'val' to look at while training: {len(found['val']):,} pictures")
     else:
-        share = 0.1 if count >= 1000 else 0.2
+        share = wanted.get("data.holdout", 0.1 if count >= 1000 else 0.2)
         values["data.holdout"] = share
         held = round(share * count)
         count -= held
@@ -69,13 +71,14 @@ def finetune_recipe(model: str, data: str, overrides: Iterable[str] = ()) -> Cho
     batch = min(max(2 ** int(np.log2(max(count / 8, 1))), _BATCH[0]), _BATCH[1])
     epochs = min(max(round(_STEPS * batch / count), _EPOCHS[0]), _EPOCHS[1])
     values |= {"train.batch_size": batch, "schedule.epochs": epochs}
+    batch, epochs = (wanted.get(key, values[key]) for key in ("train.batch_size", "schedule.epochs"))
     notes.append(f"batches of {batch}, at most {epochs} epochs, fewer when it gets no better")
     counts = np.bincount(source.labels, minlength=len(source.classes))
     if counts.max() > 1.5 * max(counts.min(), 1):
         notes.append(f"classes of {counts.min():,} to {counts.max():,} pictures, weighed to count equally")
     else:
         values["loss.class_weights"] = False
-    chosen = [f"{key}={_toml(value)}" for key, value in values.items() if key not in given]
+    chosen = [f"{key}={_toml(value)}" for key, value in values.items() if key not in wanted]
     return Choice(load_recipe(_BASE, [*chosen, *overrides]), tuple(notes))
 
 
