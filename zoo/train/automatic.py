@@ -71,7 +71,7 @@ def finetune_recipe(model: str, data: str, overrides: Iterable[str] = ()) -> Cho
     batch = min(max(2 ** int(np.log2(max(count / 8, 1))), _BATCH[0]), _BATCH[1])
     epochs = min(max(round(_STEPS * batch / count), _EPOCHS[0]), _EPOCHS[1])
     values |= {"train.batch_size": batch, "schedule.epochs": epochs}
-    batch, epochs = (wanted.get(key, values[key]) for key in ("train.batch_size", "schedule.epochs"))
+    batch, epochs = wanted.get("train.batch_size", batch), wanted.get("schedule.epochs", epochs)
     notes.append(f"batches of {batch}, at most {epochs} epochs, fewer when it gets no better")
     counts = np.bincount(source.labels, minlength=len(source.classes))
     if counts.max() > 1.5 * max(counts.min(), 1):
