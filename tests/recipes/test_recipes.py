@@ -51,12 +51,17 @@ def test_every_value_has_an_origin() -> None:
     assert {each.origin for each in explain("quickstart")} == {"ours", "default"}
 
 
+# By family, what makes a language model small.
+SMALL = {"matmulfree": {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}}
+
+
 def _reduced(recipe: Recipe, data: Path) -> Recipe:
     """The recipe for the smallest model of the family, on 48 pictures of 32 pixels, or on rows of 32 bytes."""
     variant = split_name(recipe.model.name)[0]
     pictures = recipe.task == "image-classification"
+    sizes = {"img_size": 32} if pictures else SMALL[zoo.registry.family_name(variant)]
     changes: dict[str, Any] = {
-        "model.overrides": recipe.model.overrides | ({"img_size": 32} if pictures else {}),
+        "model.overrides": recipe.model.overrides | sizes,
         "data.name": str(data) if pictures else "tinyshakespeare",
         "data.tokenizer": "bytes",
         "data.seq_len": 32,
@@ -76,8 +81,8 @@ def _reduced(recipe: Recipe, data: Path) -> Recipe:
     }
     if not recipe.model.pretrained:
         family = zoo.registry.family_name(variant)
-        sizes = {entry["params"]: name for name, entry in index().items() if zoo.registry.family_name(name) == family}
-        changes["model.name"] = sizes[min(sizes)]
+        by_size = {entry["params"]: name for name, entry in index().items() if zoo.registry.family_name(name) == family}
+        changes["model.name"] = by_size[min(by_size)]
     elif not zoo.get_weights(recipe.model.name).packaged:  # tests use no network
         changes["model.name"] = "efficientvit_m0.zoo_cifar10"
     return recipe.replace(**changes)
