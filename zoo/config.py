@@ -79,7 +79,8 @@ class ModelConfig:
     """
 
     def __post_init__(self) -> None:
-        hints = _type_hints(type(self))
+        kind: Any = type(self)  # a frozen dataclass hashes by value, its class as any class does
+        hints = _type_hints(kind)
         for spec in fields(self):
             value = _freeze(getattr(self, spec.name))
             if not _conforms(value, hints[spec.name]):

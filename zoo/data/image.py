@@ -104,8 +104,8 @@ def decode_crop(data: bytes, name: str, choose: Callable[[int, int], Box], size:
             image.draft("RGB", (width // shrink, height // shrink))  # the nearest power of two that is not smaller
             box = box.scaled(image.height / height, image.width / width)
         elif image.format == "JPEG" and image.mode in ("RGB", "L") and (pixels := _decode_jpeg(data)) is not None:
-            part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-            return torch.from_numpy(part).permute(2, 0, 1)
+            inside = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+            return torch.from_numpy(inside).permute(2, 0, 1)
         part = as_rgb(image).crop((box.left, box.top, box.left + box.width, box.top + box.height))
         return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 

@@ -129,13 +129,13 @@ class RegNet(Backbone):
         self.reset_parameters()
 
     @property
-    def stages(self) -> Any:
+    def stages(self) -> Any:  # type: ignore[override]
         """The stages in order, which timm's names keep beside the stem and the head."""
-        return [self.get_submodule(f"s{i + 1}") for i in range(len(self.config.widths))]
+        return [self.get_submodule(f"s{i + 1}") for i in range(len(self.feature_info))]
 
-    @stages.setter
-    def stages(self, kept: list[nn.Module]) -> None:
-        for i in range(len(kept), len(self.config.widths)):
+    @stages.setter  # type: ignore[override]
+    def stages(self, kept: list[nn.Module]) -> None:  # type: ignore[override]
+        for i in range(len(kept), len(self.feature_info)):
             setattr(self, f"s{i + 1}", nn.Identity())
 
     def reset_parameters(self) -> None:

@@ -43,7 +43,7 @@ class Growth:
 
 
 @torch.no_grad()
-def grow(source: str | nn.Module, config: ModelConfig, *, noise: float = 0.01) -> Any:
+def grow(source: str | ModelConfig | nn.Module, config: ModelConfig, *, noise: float = 0.01) -> Any:
     """A model of a scaled config that starts from the weights of another of its family.
 
     Wider layers are Net2Net's (arXiv:1511.05641): channels are repeated in turn, and what reads them is divided by how

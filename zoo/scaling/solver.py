@@ -202,7 +202,8 @@ def fit(
 @lru_cache(maxsize=4096)
 def counts_of(config: ModelConfig) -> Counts:
     """:func:`zoo.analysis.counts.count`, remembered; a variant's own is on file."""
-    return _of_variants(type(config)).get(config) or count(config)
+    kind: Any = type(config)
+    return _of_variants(kind).get(config) or count(config)
 
 
 @lru_cache
