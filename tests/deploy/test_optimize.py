@@ -352,6 +352,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], picture
 
 @pytest.mark.gpu
 def test_on_a_gpu(model: nn.Module) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
     fast = search(model, target="cuda", precision="fp16")
     rows = {(row.engine, row.precision): row for row in fast.report.rows}
     assert rows["cuda-graph", "fp16"].latency_ms is not None, str(fast.report)
