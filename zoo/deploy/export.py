@@ -158,8 +158,10 @@ def export(
             },
             "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        text = json.dumps(manifest, indent=2)
+        manifest = json.loads(text)  # as whoever reads the file gets it: lists for tuples
         with write_atomically(new / MANIFEST) as manifest_file:
-            manifest_file.write(json.dumps(manifest, indent=2).encode())
+            manifest_file.write(text.encode())
         if folder.exists():
             folder.rename(Path(temporary) / "old")
         new.rename(folder)
