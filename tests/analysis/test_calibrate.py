@@ -63,7 +63,7 @@ def test_errors_are_of_models_that_the_fit_has_not_seen() -> None:
 
 
 @pytest.mark.parametrize("name", ["efficientvit_m0", "efficientmod_xxs", "lowformer_b0", "efficientvmamba_t"])
-def test_fake_tensors_give_the_operators_that_run(name: str) -> None:
+def test_the_operators_of_a_config_are_those_that_run(name: str) -> None:
     config = zoo.get_config(name).override(img_size=64)
     model = as_measured(zoo.build(config), Conditions())
     x = example_input(config, 2)

@@ -3,7 +3,7 @@
 Models are run with every operator timed. For each kind of operator, the logarithm of its time is fitted as a linear
 function of the logarithms of its sizes, and corrected by what the fit leaves over of the most similar operators.
 A model's latency is the sum over its operators, and a constant for each that stands for Python, both scaled to whole
-models. Nothing of the model runs: its operators come from fake tensors.
+models. Which those are is seen from two untimed passes with weights of zero.
 
 A prediction is for making a short list; what is on it is measured. The error is of models that the fit has not seen.
 """
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses import FakeTensorMode
 
 import zoo
 from zoo.analysis.bench import Conditions, _prepare, as_measured, example_input
@@ -166,11 +165,18 @@ def table_and_features(operator: Operator) -> tuple[str, tuple[float, ...]]:
 
 
 def operators_of(config: ModelConfig, batch: int = 1) -> list[tuple[str, tuple[float, ...]]]:
-    """Table and features of each operator of a config's model, fused; nothing is allocated and nothing runs."""
-    model: Any = as_measured(zoo.build(config, device="meta"), Conditions(device="meta"))
-    with FakeTensorMode(allow_non_fake_inputs=True):  # kernels are chosen as on a CPU
-        model.to_empty(device="cpu")
-        return [table_and_features(operator) for operator in trace(model, example_input(config, batch))]
+    """Table and features of each operator of a config's model, fused.
+
+    It runs twice, untimed, on a CPU and with weights of zero: which operators a fused model calls depends on the sizes
+    of its layers and maps, and the first pass packs the weights.
+    """
+    model: Any = zoo.build(config, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    model, x = as_measured(model, Conditions()), example_input(config, batch)
+    trace(model, x)
+    return [table_and_features(operator) for operator in trace(model, x)]
 
 
 def default_models() -> list[str]:
