@@ -82,5 +82,5 @@ def test_size_and_config() -> None:
 
 
 def test_only_image_models() -> None:
-    with pytest.raises(zoo.ConfigError, match="^ModelConfig is no image model's config"):
+    with pytest.raises(zoo.ConfigError, match=r"^ModelConfig is no image model's config"):
         count(zoo.ModelConfig())
