@@ -42,6 +42,7 @@ _PUBLIC = {
     "load_optimized": "zoo.deploy.artefact",
     "optimize": "zoo.deploy.optimize",
     "convert_state_dict": "zoo.pretrained.convert",
+    "convert_to_recursive": "zoo.pretrained.recursive",
     "get_weights": "zoo.pretrained.manifest",
     "list_weights": "zoo.pretrained.manifest",
     "load_recipe": "zoo.train.recipe",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from zoo.factory import build, create_model
     from zoo.pretrained.convert import convert_state_dict
     from zoo.pretrained.manifest import get_weights, list_weights
+    from zoo.pretrained.recursive import convert_to_recursive
     from zoo.registry import (
         Family,
         config_from_dict,
@@ -99,6 +101,7 @@ __all__ = [
     "config_from_dict",
     "config_from_json",
     "convert_state_dict",
+    "convert_to_recursive",
     "create_model",
     "export",
     "get_config",

@@ -38,6 +38,8 @@ class Family:
         classifier: Parameter prefixes of the classifier, which another class count replaces.
         weights: A weights manifest that another package brings; zoo's own are in ``weights/``.
         converter: Likewise its rules for the authors' parameter names; zoo's own are in ``pretrained/converters/``.
+        layout: In place of such rules, a function from a config to pairs of (authors' name, zoo's name), each perhaps
+            ending in ``*``. Where several of the authors' names stand for one of zoo's, they are one shared tensor.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Family:
         classifier: str | tuple[str, ...] = "",
         weights: Path | None = None,
         converter: Path | None = None,
+        layout: "Callable[[Any], list[tuple[str, str]]] | None" = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -68,6 +71,7 @@ class Family:
         self.classifiers = (classifier,) if isinstance(classifier, str) else classifier
         self.weights = weights
         self.converter = converter
+        self.layout = layout
         self.variants: dict[str, Callable[[], ModelConfig]] = {}
 
     def variant(self, function: _ConfigFunction) -> _ConfigFunction:

@@ -1,7 +1,6 @@
 """Mixture-of-Recursions: equal to the released code in training, causal in decoding, as cheap as its routers say."""
 
 import dataclasses
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +12,8 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.models.mixture_of_recursions import MixtureOfRecursionsConfig
+from zoo.pretrained.convert import adapt_layout, to_authors
+from zoo.registry import get_family
 from zoo.serve import DepthBatcher
 
 pytest.importorskip("transformers")
@@ -73,28 +74,18 @@ def golden_model(golden: ModuleType, case: dict, **fields: Any) -> Any:
         **fields,
     )
     model = zoo.build(config)
-    state = {our_name(key, config): tensor for key, tensor in golden.make_state(case["state"]).items()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
+    state = golden.make_state(case["state"])
+    for copy, first in case["tied"].items():  # as a released checkpoint has it: every tensor under all its names
+        state |= {copy + key.removeprefix(first): value for key, value in state.items() if key.startswith(f"{first}.")}
+    model.load_state_dict(adapt_layout(state, get_family("mixture_of_recursions"), model))
     assert sum(parameter.numel() for parameter in model.parameters()) == case["params"]
     return model
 
 
-def our_name(key: str, config: MixtureOfRecursionsConfig) -> str:
-    """Of a released parameter: layers are numbered after unrolling, routers lie in their recursions."""
-    layer = re.match(r"model\.layers\.(\d+)\.(.*)", key)
-    if layer is None:
-        return key
-    number, rest = int(layer[1]), layer[2]
-    if config.router == "none":
-        return f"model.layers.{config.block_of[number]}.{rest}"
-    if rest.startswith("mor_router.router"):
-        return f"model.routers.{number - 1}{rest.removeprefix('mor_router.router')}"
-    block = re.match(r"block\.(\d+)\.(.*)", rest)
-    if block:
-        return f"model.layers.{1 + int(block[1])}.{block[2]}"
-    return f"model.layers.{0 if number == 0 else 1 + config.base_depth}.{rest}"
+def our_name(key: str, model: Any) -> str:
+    """Of a released parameter."""
+    shape = torch.empty(1)
+    return next(iter(adapt_layout({key: shape}, get_family("mixture_of_recursions"), model)))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +96,24 @@ def released(golden: ModuleType, shared: Path) -> Any:
         return golden_model(golden, case, **fields), golden.make_input(case["input"]), golden.load_outputs(path)
 
     return load
+
+
+@pytest.mark.parametrize("name", ["mor_135m_r2_expert", "mor_135m_r2_token", "recursive_135m_r2"])
+def test_released_names_come_and_go(name: str) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "num_hidden_layers": 6}
+    model: Any = zoo.build(zoo.get_config(name).override(**small))
+    state = model.state_dict()
+    theirs = to_authors(state, name, **small)
+    names = {"expert": "model.layers.2.block.1.", "token": "model.layers.1.block_list.1.1.", "none": "model.layers.4."}
+    shared = f"{names[model.model.config.router]}mlp.up_proj.weight"
+    assert torch.equal(theirs[shared], state["model.layers.2.mlp.up_proj.weight"])
+    back = zoo.convert_state_dict(theirs, name, **small)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    theirs[shared] = theirs[shared] + 1
+    with pytest.raises(zoo.WeightsError, match=r"differs from .* was the sharing lost"):
+        zoo.convert_state_dict(theirs, name, **small)
 
 
 CASES = {"mor_recursive_r2": {"router": "none"}, "mor_expert_r3": {"router": "expert"}}
@@ -122,7 +131,7 @@ def test_logits_loss_and_gradients_are_the_released_codes(released: Any, name: s
     gradients = [key.removeprefix("grad.") for key in expected if key.startswith("grad.")]
     assert len(gradients) >= 2
     for key in gradients:
-        gradient = model.get_parameter(our_name(key, model.model.config)).grad
+        gradient = model.get_parameter(our_name(key, model)).grad
         assert_close(gradient, expected[f"grad.{key}"], atol=1e-6, rtol=0)
 
 
@@ -377,3 +386,196 @@ def test_bad_input_of_the_batcher() -> None:
     with pytest.raises(zoo.errors.ShapeError, match="max_new_tokens is 0"):
         DepthBatcher(model).submit([1], max_new_tokens=0)
     assert DepthBatcher(model).run() == []
+
+
+# ---- sharing
+
+
+def storages(model: Any) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in model.state_dict(keep_vars=True).values()}
+
+
+def check_sharing(model: Any, config: MixtureOfRecursionsConfig) -> None:
+    """The exact number of unique parameters, in as many storages as there are tensors."""
+    dim, hidden, width = config.hidden_size, config.intermediate_size, config.head_dim
+    block = 2 * dim + 2 * dim * config.num_attention_heads * width + 2 * dim * config.num_key_value_heads * width
+    block += 3 * dim * hidden
+    routers = {"none": 0, "expert": config.num_recursions * dim, "token": config.num_recursions * dim}[config.router]
+    expected = config.vocab_size * dim + (config.own_layers + config.base_depth) * block + routers + dim
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert len(storages(model)) == len(list(model.parameters()))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("variant", ["expert", "token", "none", "cycle"])
+def test_shared_tensors_have_one_storage_whatever_happens(variant: str, tmp_path: Path) -> None:
+    model = make(variant, dtype=torch.float32)
+    config = model.model.config
+    check_sharing(model, config)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    check_sharing(loaded, config)
+    check_sharing(model.to(torch.bfloat16), config)
+    again = zoo.build(config, device="meta")
+    again.load_state_dict(loaded.state_dict(), assign=True)
+    check_sharing(again, config)
+    assert "lm_head.weight" not in again.state_dict()
+    ids = tokens()
+    with torch.no_grad():
+        expected = loaded.eval()(ids).logits
+        assert torch.equal(again.eval()(ids).logits, expected)
+    compiled = torch.compile(loaded, backend="eager")
+    check_sharing(compiled._orig_mod, config)
+
+
+def test_sharing_survives_fsdp2(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model = make("expert", dtype=torch.float32)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    with torch.no_grad():
+        expected = model(tokens()).logits
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert [name for name, _ in model.named_parameters()] == names
+        assert sum(parameter.numel() for parameter in model.parameters()) == count
+        with torch.no_grad():
+            assert_close(model(tokens()).logits, expected)
+        model.train()(tokens(), labels=tokens()).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- training
+
+
+def test_capacities_warm_up() -> None:
+    model = make("expert", capacity_warmup_steps=4).train()
+    config = model.model.config
+    seen = []
+    for step in range(6):
+        model.set_step(step)
+        seen.append(model.model.current_shares()[2])
+    share = config.shares[2]
+    expected = [
+        share + (1 - share) * (1 + torch.tensor(torch.pi * min(1, (i + 1) / 4)).cos().item()) / 2 for i in range(6)
+    ]
+    assert seen == pytest.approx(expected, abs=1e-6)
+    assert seen[3:] == [pytest.approx(share)] * 3
+    assert model.eval().model.current_shares() == config.shares
+
+
+def test_loss_free_balancing_moves_the_bias_only_in_training() -> None:
+    model = make("loss_free")
+    model(tokens())
+    assert not model.model.router_bias.any()
+    model.train()(tokens())
+    depths = model.model.last.depths.flatten()
+    for recursion in range(3):
+        share = (depths == recursion + 1).double().mean()
+        assert model.model.router_bias[recursion] == pytest.approx(0.001 * float((1 / 3 - share).sign()))
+
+
+@pytest.mark.parametrize("variant", ["expert", "token", "aux_router"])
+def test_every_parameter_learns(variant: str) -> None:
+    model = make(variant, z_loss_coef=1e-3).train()
+    model(tokens(4, 24), labels=tokens(4, 24)).loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for enable in (False, True):
+        model = make().train()
+        if enable:
+            model.gradient_checkpointing_enable()
+        model(tokens(), labels=tokens()).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert_close(recomputed, plain)
+
+
+# ---- compute budgets
+
+
+def test_calibration_meets_the_capacities_and_budgets(tmp_path: Path) -> None:
+    model = make("expert", dtype=torch.float32)
+    text = tokens(8, 64, seed=7)
+    assert model.calibrate(text) == pytest.approx(2.0, abs=0.02)
+    depths = []
+    for budget in (0.45, 0.6, 0.9):
+        model.set_compute_budget(budget)
+        model.reset_mean_depth()
+        with torch.no_grad():
+            model(text)
+        depths.append(model.mean_depth)
+    assert depths == sorted(depths)
+    assert depths[1] == pytest.approx(1.8, abs=0.25)  # by quantiles: what a threshold changes, later routers see
+    model.set_compute_budget(0.6, text)
+    model.reset_mean_depth()
+    with torch.no_grad():
+        model(text)
+    assert model.mean_depth == pytest.approx(1.8, abs=0.02)
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).model.config.thresholds == model.model.config.thresholds
+
+
+def test_token_choice_takes_a_budget() -> None:
+    model = make("token")
+    assert model.calibrate(tokens(8, 64, seed=7), 0.5) == pytest.approx(1.5, abs=0.1)
+
+
+def test_budgets_that_cannot_be_had() -> None:
+    model = make("expert")
+    with pytest.raises(zoo.ConfigError, match="was not calibrated; expected tokens"):
+        model.set_compute_budget(0.6)
+    with pytest.raises(zoo.ConfigError, match=r"expected more than 0.333, as 1 of 3 recursions take every token"):
+        model.set_compute_budget(0.2, tokens())
+    with pytest.raises(zoo.ConfigError, match="without a router"):
+        make("none").set_compute_budget(0.5)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capacities": (0.5, 0.8, 1.0)}, r"which increase; .* expected for example \(1.0, 0.8, 0.5\)"),
+        ({"capacities": (0.0, 0.0, 0.0)}, "expected shares of the tokens, more than 0, at most 1"),
+        ({"capacities": (1.5, 1.0, 0.5)}, "expected shares of the tokens, more than 0, at most 1"),
+        ({"capacities": (1.0, 0.5)}, "expected one for each of 3 recursions"),
+        ({"num_recursions": 4}, "the nearest are 6 and 10"),
+        ({"sharing": "middle_circle"}, "Did you mean: middle_cycle"),
+        ({"sharing": "sequence", "num_hidden_layers": 6}, "a router needs recursions over whole stacks"),
+        ({"router": "none", "capacities": (1.0, 0.5, 0.2)}, "capacities belong to expert choice"),
+        ({"router": "token", "aux_router": True}, "aux_router belongs to expert choice"),
+        ({"kv_mode": "share", "capacities": (0.9, 0.5, 0.2)}, "needs 1.0 first"),
+        ({"thresholds": (0.0, 2.0, 0.0)}, "expected probabilities, 0 to 1"),
+        ({"num_key_value_heads": 3}, "expected a divisor of the 4 heads"),
+        ({"hidden_size": 36, "num_attention_heads": 4}, "heads of an even width"),
+    ],
+)
+def test_configs_that_make_no_network(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(zoo.ConfigError, match=message):
+        MixtureOfRecursionsConfig(**{**SMALL, **changes})
+
+
+def test_inputs_that_cannot_be() -> None:
+    model, other = make(), make("share")
+    with pytest.raises(zoo.ConfigError, match="cache is of another config"):
+        model(tokens(), past_key_values=other.make_cache())
+    mask = torch.ones(2, 17, dtype=torch.int64)
+    mask[0, -1] = 0
+    with pytest.raises(zoo.ConfigError, match="padding on the left"):
+        model.generate(tokens(), attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(zoo.ConfigError, match="routing is 'top'; expected 'topk' or 'threshold'"), model.routing("top"):
+        model(tokens())
+    with pytest.raises(zoo.errors.ShapeError, match="at least one token"):
+        model(torch.zeros(1, 0, dtype=torch.int64))

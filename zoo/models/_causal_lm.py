@@ -366,8 +366,17 @@ def _model_class(lm: CausalLM, config_class: Any, name: str) -> Any:
             self.model = lm.trunk(config.arch())
             self.lm_head = self.model.make_head()
             self.post_init()
+            if config.tie_word_embeddings:
+                self.register_state_dict_post_hook(_leave_tied_out)
+                self.register_load_state_dict_pre_hook(_put_tied_back)
+                self.register_load_state_dict_post_hook(_tie_again)
 
         # Initialisation, embeddings
+
+        def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
+            if self.config.tie_word_embeddings and self.lm_head.weight.is_meta:
+                self.lm_head.weight = self.model.embed_tokens.weight  # in no file, so that nothing else fills it
+            return super().tie_weights(*args, **kwargs)
 
         def _init_weights(self, module: nn.Module) -> None:
             """Called by transformers for every module, children first; what was loaded keeps its values."""
@@ -581,6 +590,25 @@ def _model_class(lm: CausalLM, config_class: Any, name: str) -> Any:
     }
     ForCausalLM.__name__ = ForCausalLM.__qualname__ = f"{name}ForCausalLM"
     return ForCausalLM
+
+
+# A tied head is in no state dict: one tensor under two names is no safetensors file, and would be loaded as two.
+
+
+def _leave_tied_out(model: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    state.pop(f"{prefix}lm_head.weight", None)
+
+
+def _put_tied_back(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    embeddings = state.get(f"{prefix}model.embed_tokens.weight")
+    if embeddings is not None:
+        state.setdefault(f"{prefix}lm_head.weight", embeddings)
+
+
+def _tie_again(model: Any, _keys: Any) -> None:
+    """Loading by assignment makes two parameters of one tensor."""
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1150,6 +1150,37 @@ MixtureOfRecursions.attributes = {
 }
 
 
+def released_names(config: MixtureOfRecursionsConfig) -> list[tuple[str, str]]:
+    """(name in the released code, name here), for all parameters: theirs are numbered after unrolling."""
+    embeddings = "model.embed_tokens.*"
+    pairs = [(embeddings, embeddings), ("model.norm.*", "model.norm.*")]
+    pairs.append(("lm_head.*", embeddings if config.tie_word_embeddings else "lm_head.*"))
+    first, base = config.own_layers // 2, config.base_depth
+    for layer, block in enumerate(config.block_of):
+        recursion, place = divmod(layer - first, base)
+        if config.router == "none" or layer < first:
+            theirs = f"model.layers.{layer}"
+        elif recursion == config.num_recursions:  # the last layer
+            theirs = f"model.layers.{1 + config.num_recursions if config.router == 'expert' else 2}"
+        elif config.router == "expert":
+            theirs = f"model.layers.{first + recursion}.block.{place}"
+        else:
+            theirs = f"model.layers.{first}.block_list.{recursion}.{place}"
+        pairs.append((f"{theirs}.*", f"model.layers.{block}.*"))
+    if config.router == "expert":
+        for kind, own in (("mor_router", "routers"), ("mlp_router", "aux_routers")):
+            pairs += [
+                (f"model.layers.{first + r}.{kind}.router.*", f"model.{own}.{r}.*")
+                for r in range(config.num_recursions)
+                if own == "routers" or config.aux_router
+            ]
+    elif config.router == "token":
+        pairs.append((f"model.layers.{first}.mor_router.router.*", "model.routers.0.*"))
+        if config.balancing == "loss_free":
+            pairs.append((f"model.layers.{first}.router_bias", "model.router_bias"))
+    return pairs
+
+
 FAMILY = Family(
     "mixture_of_recursions",
     config=MixtureOfRecursionsConfig,
@@ -1164,6 +1195,7 @@ FAMILY = Family(
     code="github.com/raymin0223/mixture_of_recursions @ 0c98df3",
     licence="Apache-2.0",
     task="text-generation",
+    layout=released_names,
 )
 
 # SmolLM's shapes, as the paper's appendix has them: width, hidden width, layers, heads, key and value heads.

@@ -120,11 +120,12 @@ def to_authors(state_dict: Mapping[str, Tensor], name: str, **overrides: Any) ->
     unknown = [key for key in unknown if key in own]
     if unknown:
         raise WeightsError(f"The authors' layout of {name} has no place for {listed(unknown)}.")
-    return {
+    theirs = {
         key: converter.reshaped(key, tensor)
         for key, tensor in renamed.items()
         if origin[key] not in computed or converter.is_computed(key)
     }
+    return converter.with_copies(theirs)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ def _recognise(state: Mapping[str, Tensor], family: Family, model: nn.Module) ->
     converter = _converter(family, config_of(model))
     if converter is not None:
         state = {key: tensor for key, tensor in state.items() if not converter.is_computed(key)}
+        if converter.copies and model.state_dict().keys() >= state.keys():
+            return _Recognised(dict(state), "", {}, [])  # zoo's, though one of the names may be a copy's in theirs
+        state = converter.without_copies(state)
     if converter is None or converter.is_zoo_layout(state):
         return _Recognised(_unfold_batch_norms(dict(state), model), "", {}, [])
     own = model.state_dict()
@@ -404,6 +408,35 @@ class _Converter:
     computed: tuple[str, ...]  # patterns
     trailing_ones: Mapping[str, int]  # by pattern
     permute: Mapping[str, list[int]]  # by pattern
+    copies: tuple[tuple[str, str], ...] = ()  # prefixes of a shared tensor's further names, and of its first
+
+    def without_copies(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The entries without the further names of shared tensors.
+
+        Raises:
+            WeightsError: If what should be one tensor is not.
+        """
+        kept = {}
+        for key, tensor in state.items():
+            first = self._first_name(key)
+            if first is None or first not in state:
+                kept[key] = tensor
+            elif not tensor.is_meta and not torch.equal(tensor, state[first]):
+                raise WeightsError(
+                    f"{key} differs from {first}, with which it is shared; was the sharing lost in training?"
+                )
+        return kept
+
+    def with_copies(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The entries, shared tensors under all of their names."""
+        copied = dict(state)
+        for copy, first in self.copies:
+            copied |= {copy + key.removeprefix(first): tensor for key, tensor in state.items() if key.startswith(first)}
+        return copied
+
+    def _first_name(self, key: str) -> str | None:
+        found = next(((copy, first) for copy, first in self.copies if key.startswith(copy)), None)
+        return None if found is None else found[1] + key.removeprefix(found[0])
 
     def is_zoo_layout(self, state: Iterable[str]) -> bool:
         """Whether these are zoo's parameter names; the first that only one of the two layouts has decides."""
@@ -411,7 +444,7 @@ class _Converter:
             ours, theirs = self.to_authors(key) is not None, self.to_zoo(key) is not None
             if ours != theirs:
                 return ours
-        return True
+        return not self.copies
 
     def is_computed(self, key: str) -> bool:
         """Whether zoo computes this entry of the authors' files."""
@@ -438,6 +471,8 @@ def _matching(table: Mapping[str, Any], key: str) -> Any:
 @cache
 def _converter(family: Family, config: ModelConfig) -> _Converter | None:
     """The rules of a family for one of its models, None when it has no other layout."""
+    if family.layout is not None:
+        return _by_layout(family.layout(config))
     path = family.converter or _RULES / f"{family.name}.toml"
     if not path.is_file():
         return None
@@ -457,6 +492,19 @@ def _converter(family: Family, config: ModelConfig) -> _Converter | None:
         document.get("trailing_ones", {}),
         document.get("permute", {}),
     )
+
+
+def _by_layout(pairs: list[tuple[str, str]]) -> _Converter:
+    """The converter that pairs of names make; further names of one tensor are copies."""
+    first: dict[str, str] = {}
+    for theirs, ours in pairs:
+        first.setdefault(ours, theirs)
+    names = [(theirs, ours) for ours, theirs in first.items()]
+    copies = tuple(
+        (theirs.removesuffix("*"), first[ours].removesuffix("*")) for theirs, ours in pairs if first[ours] != theirs
+    )
+    reverse = [(ours, theirs) for theirs, ours in names]
+    return _Converter(_Renamer(names, (), {}), _Renamer(reverse, (), {}), (), {}, {}, copies)
 
 
 def _blueprint(name: str, overrides: Mapping[str, Any]) -> tuple[Family, Any]:
