@@ -36,6 +36,7 @@ def llama(layers: int = 8, **changes: Any) -> Any:
     return model
 
 
+ROUNDING = 1e-5  # transformers' norms and rotations compute in float32 in every dtype; logits are of the order of 1
 IDS = torch.arange(20).view(2, 10)
 
 
@@ -54,14 +55,14 @@ def test_a_dense_model_that_repeats_itself_stays_the_same(init: str, sharing: st
     for layer, block in enumerate(twin.model.config.block_of):
         model.model.layers[layer].load_state_dict(model.model.layers[first.setdefault(block, layer)].state_dict())
     twin = zoo.convert_to_recursive(model, 3, sharing, init)
-    assert_close(logits(twin), logits(model), atol=1e-10, rtol=0)
+    assert_close(logits(twin), logits(model), atol=ROUNDING, rtol=0)
     assert len(twin.model.layers) == 2 + 2 * sharing.startswith("middle")
 
 
 def test_full_rank_relaxation_is_the_dense_model() -> None:
     model = llama()
     twin = zoo.convert_to_recursive(model, 3, lora_rank=32, share_norms=False)
-    assert_close(logits(twin), logits(model), atol=1e-9, rtol=0)
+    assert_close(logits(twin), logits(model), atol=ROUNDING, rtol=0)
     errors = [
         float((logits(zoo.convert_to_recursive(model, 3, lora_rank=rank, share_norms=False)) - logits(model)).norm())
         for rank in (4, 24)

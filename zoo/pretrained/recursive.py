@@ -91,8 +91,9 @@ def _fill(block: Block, uses: list[Any], chosen: list[Any]) -> None:
     for name in ("input_layernorm", "post_attention_layernorm"):
         norm: Any = block.get_submodule(name)
         if isinstance(norm, nn.ModuleList):
-            for own, layer in zip(norm, uses, strict=True):
-                own.weight.copy_(layer.get_submodule(name).weight)
+            each: Any
+            for each, layer in zip(norm, uses, strict=True):
+                each.weight.copy_(layer.get_submodule(name).weight)
         else:
             norm.weight.copy_(_mean([layer.get_submodule(name).weight for layer in chosen]))
 
@@ -116,7 +117,7 @@ def _config_of(
     model: Any, recursions: int, sharing: str, router: str, lora_rank: int, overrides: dict[str, Any]
 ) -> MixtureOfRecursionsConfig:
     given = getattr(model, "config", None)
-    layers = getattr(getattr(model, "model", None), "layers", None)
+    layers: Any = getattr(getattr(model, "model", None), "layers", None)
     blocks = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "input_layernorm")
     known = layers is not None and all(any(name == path for name, _ in layers[0].named_modules()) for path in blocks)
     if given is None or not known:
