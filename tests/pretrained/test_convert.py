@@ -236,13 +236,6 @@ def folded_by_timm(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return timm.utils.reparameterize_model(model.eval()).state_dict()
 
 
-def folded_by_zoo(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """zoo's model with its batch norms folded: into convolutions that get a bias."""
-    model = zoo.create_model(name).eval()
-    model.load_state_dict(weights)
-    return model.fuse().state_dict()
-
-
 def folded_by_the_authors(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """As timm folds it, under the authors' names."""
     converter = convert._converter(registry.get_family("efficientvit"), zoo.get_config(name))
@@ -257,7 +250,6 @@ def folded_by_the_authors(name: str, weights: dict[str, Tensor]) -> dict[str, Te
     [
         ("efficientvit_m0", folded_by_timm),
         ("efficientvit_m0", folded_by_the_authors),
-        ("tinynet_e", folded_by_zoo),
     ],
 )
 def test_folded_batch_norms_become_identities(name: str, fold: Any, randomise: Any) -> None:
@@ -294,7 +286,8 @@ def folded_by_hand(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["efficientformer_l1", "efficientformerv2_s0", "lowformer_b0", "efficientvmamba_t", "efficientvit_m0"]
+    "name",
+    ["efficientformer_l1", "efficientformerv2_s0", "lowformer_b0", "efficientvmamba_t", "efficientvit_m0", "tinynet_e"],
 )
 def test_batch_norms_folded_by_hand(name: str, randomise: Any) -> None:
     model = randomise(zoo.create_model(name))
