@@ -35,9 +35,13 @@ with torch.inference_mode():
     for name, model in models.items():
         for key in ("mean", "std", "input_size", "pool_size"):
             assert tuple(model.pretrained_cfg[key]) == tuple(original.pretrained_cfg[key]), (name, key)
-        assert model.eval().forward_features(images).equal(original.forward_features(images)), name
+        # Files of the cache are mapped: weights can lie at any address, and kernels round differently on unaligned memory.
+        same = lambda left, right: torch.allclose(left, right, rtol=1e-5, atol=1e-7)
+        weights = original.state_dict()
+        assert all(each.equal(weights[key]) for key, each in model.state_dict().items() if "head" not in key), name
+        assert same(model.eval().forward_features(images), original.forward_features(images)), name
         if name != "timm, other classes":
-            assert model(images).equal(original(images)), name
+            assert same(model(images), original(images)), name
             assert tuple(model.pretrained_cfg["label_names"]) == tuple(original.pretrained_cfg["label_names"])
 print("same")
 """
