@@ -112,9 +112,9 @@ def test_killed_between_two_files(
 
     function, left = getattr(engine, place), count
 
-    def once_more(*args: object) -> None:
+    def once_more(*args: object, **options: object) -> None:
         nonlocal left
-        function(*args)
+        function(*args, **options)
         left -= 1
         if not left:
             raise Killed
