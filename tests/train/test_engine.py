@@ -424,14 +424,14 @@ def test_epochs_are_told_where_there_is_no_terminal(
 def test_the_batch_is_reached_by_accumulation(
     batch_size: int, limit: int, world: int, expected: tuple[int, int]
 ) -> None:
-    assert _passes(Train(batch_size=batch_size), world, limit) == expected
+    assert _passes(Train(batch_size=batch_size, micro_batch=limit), world) == expected
     micro_batch, passes = expected
     assert micro_batch * passes * world == batch_size
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"is 9, which 2 processes cannot share equally; the nearest .* is 8.$"):
-        _passes(Train(batch_size=9), 2, 0)
+        _passes(Train(batch_size=9), 2)
 
 
 def test_sigterm_saves_and_a_resumed_run_is_the_same(

@@ -146,8 +146,7 @@ class _Run:
             sharding=recipe.train.sharding,
             offload=recipe.train.offload,
         )
-        limit = max(recipe.train.micro_batch, 0) if micro_batch is None else micro_batch
-        self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes, limit)
+        self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes, micro_batch)
         self.accelerator.gradient_accumulation_steps = self.accumulate
         self.task = TASKS[recipe.task](recipe)
         self.task.check_batch(self.micro_batch)
@@ -560,13 +559,13 @@ def _on_sigterm(react: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _passes(train: Train, world: int, limit: int) -> tuple[int, int]:
+def _passes(train: Train, world: int, limit: int | None = None) -> tuple[int, int]:
     """Samples per process and forward pass, and passes per optimiser step, that make the recipe's batch.
 
     Args:
         train: The recipe's section.
         world: Processes.
-        limit: Most samples per process and pass; 0 for none.
+        limit: Most samples per process and pass, instead of the recipe's; 0 for none.
 
     Raises:
         RecipeError: If the batch cannot be shared out among the processes.
@@ -578,6 +577,8 @@ def _passes(train: Train, world: int, limit: int) -> tuple[int, int]:
             f"they can is {nearest_size}."
         )
     each = train.batch_size // world
+    if limit is None:
+        limit = max(train.micro_batch, 0)
     limit = min(limit or each, each)
     micro = next(size for size in range(limit, 0, -1) if each % size == 0)
     return micro, each // micro

@@ -119,8 +119,9 @@ class ImageClassification(Task):
         self.teacher: Teacher | None = None
         if distill.teacher not in ("", "ema"):
             self.teacher = Teacher(distill, self.model, self.classes, self.preprocessing)
-            if distill.kind != "feature" and hasattr(self.model, "set_distilled_training"):
-                self.model.set_distilled_training()  # type: ignore[operator]  # one of its heads for the labels, the other for the teacher
+            student: Any = self.model
+            if distill.kind != "feature" and hasattr(student, "set_distilled_training"):
+                student.set_distilled_training()  # one of its heads for the labels, the other for the teacher
 
     def _class_weights(self) -> Tensor:
         """``[num_classes]``: the inverse of how often a class comes in the training data, 1 for the average sample."""
