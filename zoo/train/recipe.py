@@ -266,7 +266,7 @@ def find_recipe(recipe: str | Path) -> Path:
     shipped = folder("recipes") / f"{name}.toml"
     if shipped.is_file():
         return shipped
-    matches = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.4) or list_recipes()
+    matches = difflib.get_close_matches(name, list_recipes(), n=3, cutoff=0.0)
     raise RecipeError(f"No recipe {str(recipe)!r}: neither a file nor a name. Nearest: {', '.join(matches)}.")
 
 
