@@ -1,22 +1,24 @@
-"""Rewrites the tables of README.md that repeat what the index and the weights manifests say.
+"""Rewrites the tables of the README and of docs/ that repeat what the index and the weights manifests say.
 
     python scripts/readme_tables.py
 
-Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced. A test keeps the README as this writes it.
+Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced. A test keeps the pages as this writes them.
 """
 
 import re
+from collections import defaultdict
+from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
-from zoo.pretrained.manifest import Weights, list_weights
+from zoo.pretrained.manifest import Metric, Weights, list_weights
 from zoo.registry import index
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def models_table() -> str:
-    """A row for each variant: costs at its own resolution, published accuracy, weights."""
+    """A row for each image model: costs at its own resolution, published accuracy, weights."""
     rows = ["| model | params (M) | MACs (M) | px | top-1 (%) | weights |", "|---|---:|---:|---:|---:|---|"]
     for name, entry in _of_task("image-classification"):
         weights = list_weights(name)
@@ -47,12 +49,57 @@ def _of_task(task: str) -> list[tuple[str, dict[str, Any]]]:
 def weights_table() -> str:
     """A row for each set of weights: where it is, its licence, its figures and who published them."""
     rows = ["| weights | from | licence | top-1 (%) | published by |", "|---|---|---|---:|---|"]
-    for entry in (entry for name in index() for entry in list_weights(name)):
-        metric = entry.metrics[0] if entry.metrics else None
-        value = None if metric is None else f"{metric.top1:g}" if metric.top1 is not None else f"loss {metric.loss:g}"
-        figure, source = (f"{value} ({metric.dataset})", metric.source) if metric else ("-", "-")
+    for entry in _all_weights():
+        metric = _metric(entry)
+        figure, source = (f"{_value(metric)} ({metric.dataset})", metric.source) if metric else ("-", "-")
         rows.append(f"| `{entry.name}` | {_place(entry)} | {entry.licence} | {figure} | {source} |")
     return "\n".join(rows)
+
+
+def checkpoints_table() -> str:
+    """A row for each tag of a family: which variants have it, where, its licence, its figures, who published them."""
+    groups: dict[tuple[str, ...], list[Weights]] = defaultdict(list)
+    for entry in _all_weights():
+        metric = _metric(entry)
+        dataset, source = (metric.dataset, metric.source) if metric else ("-", "-")
+        groups[entry.family, entry.tag, _kind(entry), entry.licence, dataset, source].append(entry)
+    rows = ["| weights | from | licence | data | top-1 (%) | published by |", "|---|---|---|---|---|---|"]
+    for (_, tag, *columns, source), entries in sorted(groups.items(), key=lambda group: group[0][0]):
+        figures = ", ".join(_value(_metric(entry)) for entry in entries) if source != "-" else "-"
+        names = _names([entry.model for entry in entries], tag)
+        rows.append(f"| {' | '.join([names, *columns, figures, source])} |")
+    return "\n".join(rows)
+
+
+def _names(models: list[str], tag: str) -> str:
+    """Weights of one tag, named together: ```x_*.tag`: a, b``, with the words that the models have in common as x."""
+    if len(models) == 1:
+        return f"`{models[0]}.{tag}`"
+    stem = commonpath(models)
+    stem = stem[: stem.rfind("_") + 1]
+    return f"`{stem}*.{tag}`: {', '.join(model.removeprefix(stem) for model in models)}"
+
+
+def _all_weights() -> list[Weights]:
+    return [entry for name in index() for entry in list_weights(name)]
+
+
+def _metric(entry: Weights) -> Metric | None:
+    return entry.metrics[0] if entry.metrics else None
+
+
+def _value(metric: Metric | None) -> str:
+    if metric is None:
+        return "-"
+    return f"{metric.top1:g}" if metric.top1 is not None else f"loss {metric.loss:g}"
+
+
+def _kind(entry: Weights) -> str:
+    """Where a set of weights comes from, in a word."""
+    if entry.packaged:
+        return "the package"
+    owner = entry.hub.partition("/")[0]
+    return f"Hub: {owner}" if owner and not entry.pickled else "the authors, to convert"
 
 
 def _place(entry: Weights) -> str:
@@ -63,18 +110,24 @@ def _place(entry: Weights) -> str:
     return f"[{entry.file}]({entry.url}), to convert" if entry.url else f"[a page]({entry.page}), to convert"
 
 
-def rendered(text: str) -> str:
-    """The README with its tables brought up to date."""
-    for name, table in {
-        "models": models_table(),
-        "language-models": language_models_table(),
-        "weights": weights_table(),
-    }.items():
+PAGES = {
+    "README.md": {"models": models_table, "checkpoints": checkpoints_table},
+    "docs/weights.md": {"weights": weights_table},
+    "docs/language-models.md": {"language-models": language_models_table},
+}
+
+
+def rendered(page: str) -> str:
+    """The page, named by its path in the project, with its tables brought up to date."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, table in PAGES[page].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        assert re.search(pattern, text, re.DOTALL), f"README.md has no <!-- {name} --> section"
-        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+        assert re.search(pattern, text, re.DOTALL), f"{page} has no <!-- {name} --> section"
+        new = table()
+        text = re.sub(pattern, lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        (ROOT / page).write_text(rendered(page), encoding="utf-8")
