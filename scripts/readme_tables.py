@@ -7,7 +7,7 @@ Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced. A test 
 
 import re
 from collections import defaultdict
-from os.path import commonpath
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ def _names(models: list[str], tag: str) -> str:
     """Weights of one tag, named together: ```x_*.tag`: a, b``, with the words that the models have in common as x."""
     if len(models) == 1:
         return f"`{models[0]}.{tag}`"
-    stem = commonpath(models)
-    stem = stem[: stem.rfind("_") + 1]
+    words = [model.split("_") for model in models]
+    common = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, zip(*words, strict=False))]
+    stem = "".join(f"{word}_" for word in common)
     return f"`{stem}*.{tag}`: {', '.join(model.removeprefix(stem) for model in models)}"
 
 
