@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from zoo.layers import PackedConv2d, PackedLinear, fuse_activation, pack
+from zoo.layers.linear import PointLinear
 
 CASES = [
     {"in_channels": 8, "out_channels": 12, "kernel_size": 1},
@@ -112,9 +113,10 @@ def test_takes_over_the_activation(act: nn.Module, side: int) -> None:
 
 
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS], ids=lambda act: type(act).__name__)
-def test_linear(act: nn.Module | None) -> None:
+@pytest.mark.parametrize("width", [40, 2**14], ids=["BLAS", "oneDNN"])
+def test_linear(width: int, act: nn.Module | None) -> None:
     torch.manual_seed(0)
-    plain, x = nn.Linear(24, 40), torch.randn(2, 7, 24)
+    plain, x = nn.Linear(24, width), torch.randn(2, 7, 24)
     packed = PackedLinear.of(copy.deepcopy(plain), act)
     follow = act or nn.Identity()
     with torch.no_grad():
@@ -123,7 +125,7 @@ def test_linear(act: nn.Module | None) -> None:
                 assert_close(packed(inputs), follow(plain(inputs)))
             plain.weight.mul_(2)
             packed.weight.mul_(2)
-        assert packed._packed is not None
+        assert (packed._packed[3] is None) == (width == 40)
         assert copy.deepcopy(packed)._packed is None
         assert_close(torch.jit.script(packed)(x), follow(plain(x)))
     packed(x).sum().backward()
@@ -143,11 +145,12 @@ def test_one_activation_after_two_convolutions() -> None:
 
 
 def test_fuse_activation_happens_once() -> None:
-    block = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 1), "act": nn.ReLU()})
+    block = nn.ModuleDict({"conv": nn.Conv2d(8, 8, 1), "linear": nn.Linear(8, 8), "act": nn.ReLU()})
     for _ in range(2):
-        fuse_activation(block, "act", "conv")
+        fuse_activation(block, "act", "conv", "linear")
         assert isinstance(block["act"], nn.Identity)
-        assert block["conv"].act == "relu"
+        assert [type(block["conv"]), type(block["linear"])] == [PackedConv2d, PackedLinear]
+        assert block["conv"].act == block["linear"].act == "relu"
 
 
 def test_what_can_be_packed_and_pays_is() -> None:
@@ -158,7 +161,16 @@ def test_what_can_be_packed_and_pays_is() -> None:
         nn.ConvTranspose2d(8, 8, 1),
         nn.Linear(1024, 1024),
         nn.Linear(8, 8),
+        PointLinear(8, 8),
+        PointLinear(1024, 1024),
     )
     pack(model)
     layers = [layer for layer in model.modules() if not isinstance(layer, nn.Sequential)]
-    assert [isinstance(layer, PackedConv2d | PackedLinear) for layer in layers] == [True, *[False] * 3, True, False]
+    assert [isinstance(layer, PackedConv2d | PackedLinear) for layer in layers] == [
+        True,
+        *[False] * 3,
+        True,
+        True,
+        False,
+        True,
+    ]

@@ -1,6 +1,7 @@
 """What every image model must do. Parametrised over the registry: a new variant is tested by existing."""
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -146,6 +147,13 @@ def test_images_that_do_not_fit_are_refused(name: str) -> None:
         for run in (model, model.forward_features, model.forward_intermediates):
             with pytest.raises(ShapeError, match=rf"Images are \[.*\]; .*at least {side} pixels"):
                 run(images)
+
+
+@pytest.mark.parametrize("option", [{"in_chans": 0}, {"num_classes": -1}, {"img_size": 15}, {"img_size": (224, 15)}])
+def test_options_that_make_no_model_are_refused(name: str, option: dict) -> None:
+    (field, value), *_ = option.items()
+    with pytest.raises(zoo.ConfigError, match=rf"Config\.{field} is {re.escape(str(value))}; expected"):
+        zoo.create_model(name, **option)
 
 
 def test_no_classifier(name: str) -> None:

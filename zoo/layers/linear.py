@@ -15,10 +15,14 @@ class TruncNormalLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class PointLinear(nn.Linear):
+    """A linear layer that sees one position of each image, ``[B, Cin] -> [B, Cout]``."""
+
+
 @torch.no_grad()
-def as_linear(conv: Any) -> nn.Linear:
+def as_linear(conv: Any) -> PointLinear:
     """The linear layer that does what a 1x1 convolution does at one position, on the same bias."""
     weight = conv.weight.flatten(1)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=conv.bias is not None, device="meta")
+    linear = PointLinear(weight.shape[1], weight.shape[0], bias=conv.bias is not None, device="meta")
     linear.weight, linear.bias = nn.Parameter(weight.contiguous()), conv.bias
     return linear.train(conv.training)

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Calling oneDNN costs 20 to 30 microseconds more than calling BLAS, and gives more speed: that pays from about this
-# many multiply-accumulates of a 1x1 convolution on, and this many numbers in the weight of a linear layer.
+from zoo.layers.linear import PointLinear
+
+# Calling oneDNN costs up to 30 microseconds more than calling BLAS, and gives more speed. That pays from about this
+# many multiply-accumulates on; from half as many for a linear layer with an activation, which then takes no pass of its
+# own; and from this many numbers in the weight of a linear layer, however few the rows.
 _MIN_MACS = 8e6
 _MIN_LINEAR_NUMEL = 2**18
 
@@ -134,10 +137,13 @@ class PackedConv2d(nn.Conv2d):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer and an activation, ``[..., Cin] -> [..., Cout]``; see :class:`PackedConv2d`."""
+    """A linear layer and an activation, ``[..., Cin] -> [..., Cout]``; see :class:`PackedConv2d`.
+
+    Small products are left to BLAS, and nothing is packed.
+    """
 
     act: str = "none"
-    _packed: Any = None  # (address of the weight, its version, rows of the input, packed, the weight)
+    _packed: Any = None  # (address of the weight, its version, rows of the input, packed or None, the weight)
 
     @classmethod
     def of(cls, linear: nn.Linear, act: nn.Module | None = None) -> "PackedLinear":
@@ -163,12 +169,16 @@ class PackedLinear(nn.Linear):
         version = -1 if weight.is_inference() else weight._version
         if found is None or found[:3] != (weight.data_ptr(), version, rows):
             held = weight.detach()
-            packed = torch.ops.mkldnn._reorder_linear_weight(held, rows)
+            pays = rows * held.numel() >= (_MIN_MACS if self.act == "none" else _MIN_MACS / 2)
+            pays = pays or held.numel() >= _MIN_LINEAR_NUMEL
+            packed = torch.ops.mkldnn._reorder_linear_weight(held, rows) if pays else None
             found = self._packed = (held.data_ptr(), version, rows, packed, held)
+        bias = self._parameters["bias"]
+        if found[3] is None:
+            y = F.linear(input, weight, bias)
+            return y if self.act == "none" else _ACTIVATE_IN_PLACE[self.act](y)
         algorithm = "none" if self.act == "gelu" else ""
-        return torch.ops.mkldnn._linear_pointwise.default(
-            input, found[3], self._parameters["bias"], self.act, (), algorithm
-        )
+        return torch.ops.mkldnn._linear_pointwise.default(input, found[3], bias, self.act, (), algorithm)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"
@@ -194,21 +204,23 @@ def _is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def fuse_activation(module: nn.Module, act: str, *convs: str) -> None:
-    """Let convolutions, by attribute, take over the activation that ``module.<act>`` applies after each, in place.
+def fuse_activation(module: nn.Module, act: str, *layers: str) -> None:
+    """Let convolutions or linear layers, by attribute, take over the activation ``module.<act>`` after each, in place.
 
     An identity takes the activation's place.
     """
     activation = getattr(module, act)
     if isinstance(activation, nn.Identity):  # fused before
         return
-    for conv in convs:
-        setattr(module, conv, PackedConv2d.of(getattr(module, conv), activation))
+    for name in layers:
+        layer = getattr(module, name)
+        packed: Any = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
+        setattr(module, name, packed.of(layer, activation))
     setattr(module, act, nn.Identity())
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """Put, in place, a packed layer wherever there is a convolution that pads with zeros, or a large linear layer.
+    """Put, in place, a packed layer wherever there is a convolution that pads with zeros, or a linear layer.
 
     In an ``nn.Sequential``, one takes over the activation after it, and leaves an identity in its place.
     """
@@ -232,5 +244,6 @@ def _packed_class(layer: Any) -> Any:
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return PackedConv2d
     if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
-        return PackedLinear if layer.weight.numel() >= _MIN_LINEAR_NUMEL else None
+        pays = not isinstance(layer, PointLinear) or layer.weight.numel() >= _MIN_LINEAR_NUMEL
+        return PackedLinear if pays else None
     return None

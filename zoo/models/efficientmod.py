@@ -93,6 +93,11 @@ class ModulationMlp(nn.Module):
         self.act = nn.GELU() if ratio > 1 else nn.Identity()
         self.fc2 = TruncNormalLinear(dim * ratio, dim)
 
+    def fuse(self) -> "ModulationMlp":
+        """Let the first layer take over the activation."""
+        fuse_activation(self, "act", "fc1")
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         context = self.context(x)
         x = self.act(self.fc1(x))
