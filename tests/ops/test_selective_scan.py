@@ -243,6 +243,11 @@ def test_nan_stays_in_its_channel_and_its_future(implementation: str) -> None:
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.equal(last_state.isnan(), expected_state.isnan())
     assert_close(y, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    gradients = with_gradients(scan_with_state, inputs)
+    for name, gradient in with_gradients(selective_scan_reference, inputs).items():
+        assert torch.equal(gradients[name].isnan(), gradient.isnan()), name
+        finite = gradient.nan_to_num()
+        assert_close(gradients[name].nan_to_num(), finite, rtol=0.0, atol=1e-4 * max(1.0, finite.abs().max().item()))
 
 
 def test_infinite_input(implementation: str) -> None:

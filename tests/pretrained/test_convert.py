@@ -309,6 +309,13 @@ def test_some_missing_batch_norms_are_not_taken_for_folded_ones(zoo_state: dict[
         convert_state_dict(state, "efficientvit_m0")
 
 
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientmod_xxs", "efficientvit_m0"])
+def test_weights_of_a_fused_model_are_recognised(name: str) -> None:
+    fused = zoo.create_model(name).fuse().state_dict()
+    with pytest.raises(WeightsError, match=rf"the weights of {name} after fuse\(\), .* expected those before, or load"):
+        convert_state_dict(fused, name)
+
+
 def test_shapes_are_checked_and_the_config_can_be_another(zoo_state: dict[str, Tensor]) -> None:
     theirs = to_authors(zoo_state, "efficientvit_m0")
     ten = {**theirs, "head.l.weight": torch.zeros(10, 192), "head.l.bias": torch.zeros(10)}

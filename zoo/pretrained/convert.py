@@ -56,7 +56,8 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str, **overrides: An
     Raises:
         UnknownModelError: If there is no such model.
         ConfigError: If an override is not a field of the config.
-        WeightsError: If there is no state dict in it, a key is not accounted for on either side, or a shape differs.
+        WeightsError: If there is no state dict in it, a key is not accounted for on either side, or a shape differs;
+            also for what ``fuse()`` made, which merges more than batch norms.
     """
     state = unwrap(state_dict)
     family, model = _blueprint(name, overrides)
@@ -64,6 +65,11 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str, **overrides: An
     found = _recognise(state, family, model)
     unknown = [*found.unknown, *(found.origin.get(key, key) for key in found.state if key not in own)]
     missing = [key for key in own if key not in found.state]
+    if (unknown or missing) and model.fuse().state_dict().keys() == state.keys():
+        raise WeightsError(
+            f"These are the weights of {name} after fuse(), which no other form of it can load; expected those before, "
+            f"or load them with zoo.create_model({name!r}).fuse().load_state_dict(...)."
+        )
     if unknown or missing:
         raise WeightsError(
             f"Not a state dict of {found.owner}{name}: {listed(unknown)} unknown, {listed(missing)} missing."
