@@ -1,20 +1,15 @@
 """Parameters, multiply-accumulates and activations, counted on the meta device: nothing is allocated, nothing runs."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn import init
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from zoo.analysis.shapes import OperatorCounter, learnable, shapes_only
 from zoo.analysis.trace import by_module, trace
 from zoo.config import ImageConfig, ModelConfig, TextConfig
 from zoo.errors import ConfigError
@@ -55,19 +50,23 @@ def count(config: ModelConfig | str, *, img_size: int | tuple[int, int] | None =
         raise ConfigError(f"{type(config).__name__} is no image model's config; it has no size in pixels.")
     if img_size is not None:
         config = config.override(img_size=img_size)
-    with torch.device("meta"), _Shapes() as shapes:
-        model = family_of(config).model(config)
-        rest = count_forward(model, torch.empty(1, config.in_chans, *config.input_hw))
-    return Counts(rest.params, rest.macs + shapes.macs, rest.activations + shapes.activations)
+    with shapes_only() as shapes:
+        model = family_of(config).model(config.override(drop_path_rate=0.0))  # so that more blocks are alike
+        model.eval()
+        model(torch.empty(1, config.in_chans, *config.input_hw))
+    return Counts(learnable(model), shapes.macs, shapes.activations)
 
 
 def _count_token(config: TextConfig) -> Counts:
     """Costs of a token in a sequence of ``max_position_embeddings``, their sum divided by its length."""
     tokens = config.max_position_embeddings
-    with torch.device("meta"):
-        model = family_of(config).model(config)
-        whole = count_forward(model, torch.empty(1, tokens, dtype=torch.int64))
-    return Counts(whole.params, round(whole.macs / tokens), round(whole.activations / tokens))
+    with shapes_only() as shapes:
+        trunk = family_of(config).model.trunk(config)  # without transformers, which takes a second to import
+        head = trunk.make_head()
+        trunk.eval()
+        head(trunk(torch.empty(1, tokens, config.hidden_size)).hidden)
+    params = learnable(trunk) + (0 if config.tie_word_embeddings else learnable(head))
+    return Counts(params, round(shapes.macs / tokens), round(shapes.activations / tokens))
 
 
 def count_forward(model: nn.Module, *inputs: Tensor) -> Counts:
@@ -77,94 +76,12 @@ def count_forward(model: nn.Module, *inputs: Tensor) -> Counts:
     try:
         # Not inference_mode: there, linear and matmul arrive whole instead of as the operators they are made of.
         # Attention arrives as two matrix products: torch has no formula for some of the kernels that fuse them.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _OperatorCounter() as counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), OperatorCounter() as counter:
             model(*inputs)
     finally:
         model.train(training)
     params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Counts(params=params, macs=counter.macs, activations=counter.activations)
-
-
-class _OperatorCounter(TorchDispatchMode):
-    """Sums MACs and written elements over the operators for which torch has a FLOP formula."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-        self.activations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.macs += formula(*args, **kwargs, out_val=out) // 2  # torch counts a multiply-accumulate as two FLOPs
-            self.activations += (out if isinstance(out, Tensor) else out[0]).numel()
-        return out
-
-
-_SAME_SHAPE = {F.batch_norm, F.group_norm, F.layer_norm, F.relu, F.silu, F.gelu, F.hardswish, F.dropout, F.softmax}
-_SAME_SHAPE |= {torch.sigmoid, Tensor.sigmoid, Tensor.softmax}
-_BINARY = {Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
-_IN_PLACE = {Tensor.add_, Tensor.clamp_, Tensor.copy_, Tensor.div_, Tensor.erfinv_, Tensor.exp_, Tensor.fill_}
-_IN_PLACE |= {Tensor.mul_, Tensor.normal_, Tensor.uniform_, Tensor.zero_}
-_INITIALISERS = {getattr(init, name) for name in dir(init) if name.endswith("_") and not name.startswith("_")}
-_KEEP = _SAME_SHAPE | _IN_PLACE | _INITIALISERS
-
-
-class _Shapes(TorchFunctionMode):
-    """Short cuts for tensors on the meta device, where PyTorch spends most of its time on what changes no shape.
-
-    What returns a tensor of its argument's shape returns the argument; convolutions, linear layers and attention are
-    counted here. Everything else goes on to the operators, which :class:`_OperatorCounter` counts. Several times as
-    fast, and the same counts.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
-        self.activations = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        x = args[0] if args else kwargs.get("tensor")
-        if isinstance(x, Tensor) and x.is_meta:
-            if func in _KEEP:
-                return x
-            if func in _BINARY and (not isinstance(args[1], Tensor) or args[1].shape == x.shape):
-                return x
-            if func is F.linear:
-                return self._write(args[1], (*x.shape[:-1], args[1].shape[0]))
-            if func is F.conv2d and len(args) == 7 and not isinstance(args[4], str):
-                weight, strides, paddings, dilations = args[1], *map(_pair, args[3:6])
-                sides = zip(x.shape[2:], weight.shape[2:], strides, paddings, dilations, strict=True)
-                hw = [
-                    (side + 2 * pad - step * (kernel - 1) - 1) // stride + 1
-                    for side, kernel, stride, pad, step in sides
-                ]
-                return self._write(weight, (*x.shape[:-3], weight.shape[0], *hw))
-            if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
-                scores = x.numel() // x.shape[-1] * args[1].shape[-2]
-                self._add(scores, x.shape[-1])
-                self._add(x.numel() // x.shape[-1] * args[2].shape[-1], args[1].shape[-2])
-                return torch.empty((*x.shape[:-1], args[2].shape[-1]), device="meta", dtype=x.dtype)
-            if func is F.interpolate and isinstance(scale := args[2] if len(args) > 2 else None, int | float):
-                return torch.empty((*x.shape[:2], *(int(side * scale) for side in x.shape[2:])), device="meta")
-        return func(*args, **kwargs)
-
-    def _add(self, size: int, terms: int) -> None:
-        """Count ``size`` elements, each a sum of so many products."""
-        self.macs += size * terms
-        self.activations += size
-
-    def _write(self, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """An output each of whose elements is a sum over one row, or one filter, of the weight."""
-        self._add(math.prod(shape), math.prod(weight.shape[1:]))
-        return torch.empty(shape, device="meta", dtype=weight.dtype)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Layers that two families or more share. Plain PyTorch: nothing here needs timm."""
 
+from zoo.layers.alike import alike
 from zoo.layers.attention_bias import AttentionBias, resize_bias_table
 from zoo.layers.bit_linear import BitLinear, PackedBitLinear, pack_bit_linears
 from zoo.layers.conv_norm import ConvNorm, NormLinear, fold_norm, fuse_batch_norm, fuse_pairs
@@ -31,6 +32,7 @@ __all__ = [
     "SqueezeExcite",
     "Stage",
     "TruncNormalLinear",
+    "alike",
     "drop_path_rates",
     "fold_layer_scale",
     "fold_norm",

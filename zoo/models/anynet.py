@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError, nearest
-from zoo.layers import ConvNorm, drop_path_rates, make_divisible
+from zoo.layers import ConvNorm, alike, drop_path_rates, make_divisible
 from zoo.models import efficientformer, efficientmod, efficientnet, efficientvmamba, lowformer, regnet
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
@@ -185,7 +185,7 @@ class AnyNet(Backbone):
             stage = nn.Sequential()
             for j, rate in enumerate(rates[i]):
                 stride = config.strides[i] if j == 0 else 1
-                stage.append(BLOCKS[config.blocks[i]](config, i, dim, out_dim, stride, rate))
+                stage.append(alike(BLOCKS[config.blocks[i]], config, i, dim, out_dim, stride, rate))
                 dim = out_dim
             self.stages.append(stage)
             reduction *= config.strides[i]

@@ -25,6 +25,7 @@ from zoo.layers import (
     Mlp,
     Stage,
     TruncNormalLinear,
+    alike,
     drop_path_rates,
     fold_layer_scale,
     fold_norm,
@@ -247,11 +248,13 @@ class EfficientFormer(EfficientFormerBase):
         for i, dim in enumerate(config.widths):
             downsample = Downsample(config.widths[i - 1], dim) if i else nn.Identity()
             first_3d = config.depths[i] - config.attention_depths[i]
-            blocks: list[nn.Module] = [Block4d(dim, config=config, drop_path=rate) for rate in rates[i][:first_3d]]
+            blocks: list[nn.Module] = [
+                alike(Block4d, dim, config=config, drop_path=rate) for rate in rates[i][:first_3d]
+            ]
             if config.attention_depths[i]:
                 blocks.append(ToTokens())
             for rate in rates[i][first_3d:]:
-                blocks.append(Block3d(dim, config=config, reduction=reductions[i], drop_path=rate))
+                blocks.append(alike(Block3d, dim, config=config, reduction=reductions[i], drop_path=rate))
             self.stages.append(MixedStage(downsample, blocks))
         self.norm = LayerNorm2d(config.widths[-1])
         self.finish(config, widths=config.widths, reductions=reductions)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis, scale_part
 from zoo.errors import ConfigError
-from zoo.layers import ConvNorm, DropPath, LayerScale2d, Stage, drop_path_rates, fold_layer_scale
+from zoo.layers import ConvNorm, DropPath, LayerScale2d, Stage, alike, drop_path_rates, fold_layer_scale
 from zoo.layers.conv_norm import scale_and_shift
 from zoo.models._efficientformer import EfficientFormerBase, MapAttention, side_by_side
 from zoo.registry import Family
@@ -329,7 +329,8 @@ class EfficientFormerV2(EfficientFormerBase):
             downsample = self._downsample(config, i, reductions[i] // 2) if i else nn.Identity()
             first_attention = config.depths[i] - config.attention_depths[i]
             blocks: list[nn.Module] = [
-                Block(
+                alike(
+                    Block,
                     dim,
                     self._attention(config, i, reductions[i]) if j >= first_attention else None,
                     mlp_ratio=config.mlp_ratios[i][j],
@@ -343,9 +344,10 @@ class EfficientFormerV2(EfficientFormerBase):
         self.finish(config, widths=config.widths, reductions=reductions)
 
     @staticmethod
-    def _attention(config: EfficientFormerV2Config, stage: int, reduction: int) -> Attention2d:
+    def _attention(config: EfficientFormerV2Config, stage: int, reduction: int) -> nn.Module:
         stride = config.attention_strides[stage]
-        return Attention2d(
+        return alike(
+            Attention2d,
             config.widths[stage],
             num_heads=config.num_heads,
             key_dim=config.key_dim,

@@ -23,6 +23,7 @@ from zoo.layers import (
     Mlp,
     Stage,
     TruncNormalLinear,
+    alike,
     drop_path_rates,
     fold_layer_scale,
     fuse_activation,
@@ -198,14 +199,16 @@ class EfficientMod(Backbone):
     def _block(config: EfficientModConfig, stage: int, index: int, drop_path: float) -> nn.Module:
         dim = config.widths[stage]
         if index < config.depths[stage]:
-            return ModulationBlock(
+            return alike(
+                ModulationBlock,
                 dim,
                 ratio=config.expand_ratios[index % len(config.expand_ratios)],
                 kernel_size=config.kernel_size,
                 layer_scale_init=config.layer_scale_init,
                 drop_path=drop_path,
             )
-        return AttentionBlock(
+        return alike(
+            AttentionBlock,
             dim,
             num_heads=config.num_heads,
             min_head_dim=config.min_head_dim,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import DropPath, FusedSqueezeExcite, drop_path_rates, fuse_activation, fuse_pairs, make_divisible
+from zoo.layers import DropPath, FusedSqueezeExcite, alike, drop_path_rates, fuse_activation, fuse_pairs, make_divisible
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
 from zoo.scaling.axes import EFFICIENTNET, Factors, resize
@@ -205,8 +205,8 @@ class EfficientNet(Backbone):
         kernel_size, expand_ratio = config.kernel_sizes[stage], config.expand_ratios[stage]
         settings: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "se_ratio": config.se_ratio}
         if expand_ratio == 1:
-            return DepthwiseSeparable(dim, out_dim, drop_path=drop_path, **settings)
-        return InvertedResidual(dim, out_dim, expand_ratio=expand_ratio, drop_path=drop_path, **settings)
+            return alike(DepthwiseSeparable, dim, out_dim, drop_path=drop_path, **settings)
+        return alike(InvertedResidual, dim, out_dim, expand_ratio=expand_ratio, drop_path=drop_path, **settings)
 
     def reset_parameters(self) -> None:
         """Convolutions start normal with variance 2 / fan_out, as in the original code; the rest as PyTorch has it."""

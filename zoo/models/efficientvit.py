@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import AttentionBias, ConvNorm, DropPath, NormLinear, SqueezeExcite, Stage, drop_path_rates
+from zoo.layers import AttentionBias, ConvNorm, DropPath, NormLinear, SqueezeExcite, Stage, alike, drop_path_rates
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
 
@@ -307,7 +307,8 @@ class EfficientViT(Backbone):
             else:
                 downsample = Downsample(config.widths[i - 1], dim, mlp_ratio=config.mlp_ratio)
             blocks = [
-                EfficientViTBlock(
+                alike(
+                    EfficientViTBlock,
                     dim,
                     num_heads=config.num_heads[i],
                     key_dim=config.key_dim,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import ConvNorm, DropPath, LayerNorm2d, SqueezeExcite, Stage, drop_path_rates, fuse_activation
+from zoo.layers import ConvNorm, DropPath, LayerNorm2d, SqueezeExcite, Stage, alike, drop_path_rates, fuse_activation
 from zoo.models._backbone import Backbone
 from zoo.ops import selective_scan
 from zoo.registry import Family
@@ -250,8 +250,8 @@ class EfficientVMamba(Backbone):
     def _block(config: EfficientVMambaConfig, stage: int, dim: int, *, drop_path: float) -> nn.Module:
         if stage < config.num_scan_stages:
             scan_dim = int(dim * config.scan_ratio)
-            return ScanBlock(dim, scan_dim=scan_dim, state_size=config.state_size, drop_path=drop_path)
-        return InvertedResidual(dim, hidden=int(dim * config.mlp_ratio), drop_path=drop_path)
+            return alike(ScanBlock, dim, scan_dim=scan_dim, state_size=config.state_size, drop_path=drop_path)
+        return alike(InvertedResidual, dim, hidden=int(dim * config.mlp_ratio), drop_path=drop_path)
 
     def reset_parameters(self) -> None:
         """Linear layers start as a truncated normal of std 0.02 with zero bias; the rest initialises itself."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import DropPath, TruncNormalLinear, drop_path_rates, fold_norm
+from zoo.layers import DropPath, TruncNormalLinear, alike, drop_path_rates, fold_norm
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
 
@@ -275,16 +275,18 @@ class LowFormer(Backbone):
         stem_rates, *rates = drop_path_rates(config.drop_path_rate, (config.stem_depth, *config.depths))
         self.stem = nn.Sequential(ConvLayer(config.in_chans, dim, 3, stride=2))
         for rate in stem_rates:
-            self.stem.append(self._conv_block(dim, config.stem_expand_ratio, rate))
+            self.stem.append(alike(self._conv_block, dim, config.stem_expand_ratio, rate))
         self.stages = nn.Sequential()
         reductions = tuple(4 * 2**i for i in range(len(config.widths)))
         for i, (out_dim, reduction) in enumerate(zip(config.widths, reductions, strict=True)):
             stage = nn.Sequential(Downsample(dim, out_dim, expand_ratio=config.downsample_expand_ratio))
             dim = out_dim
             if i < config.num_conv_stages:
-                stage.extend(self._conv_block(dim, config.expand_ratio, rate) for rate in rates[i][1:])
+                stage.extend(alike(self._conv_block, dim, config.expand_ratio, rate) for rate in rates[i][1:])
             else:
-                stage.extend(LowFormerBlock(config, dim, reduction=reduction, drop_path=rate) for rate in rates[i])
+                stage.extend(
+                    alike(LowFormerBlock, config, dim, reduction=reduction, drop_path=rate) for rate in rates[i]
+                )
             self.stages.append(stage)
         width, hidden = config.head_widths
         self.in_conv: nn.Module = ConvLayer(dim, width)

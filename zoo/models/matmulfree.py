@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo.config import TextConfig
 from zoo.errors import ConfigError
-from zoo.layers import BitLinear
+from zoo.layers import BitLinear, alike
 from zoo.models._causal_lm import CausalLM, Trunk, TrunkCache, TrunkOutput
 from zoo.ops.hgrn_scan import hgrn_scan
 from zoo.registry import Family
@@ -142,7 +142,7 @@ class MatMulFreeTrunk(Trunk):
         depth, width = config.num_hidden_layers, config.hidden_size
         self.lower_bounds = nn.Parameter(torch.zeros(depth, width))
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.layers = nn.ModuleList(MatMulFreeBlock(config) for _ in range(depth))
+        self.layers = nn.ModuleList(alike(MatMulFreeBlock, config) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
 
     def reset_parameters(self) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from zoo.config import TextConfig, axis
 from zoo.errors import ConfigError, nearest
+from zoo.layers import alike
 from zoo.models._causal_lm import CausalLM, Trunk, TrunkOutput
 from zoo.models._recursion_cache import RecursionCache
 from zoo.registry import Family
@@ -735,7 +736,7 @@ class MixtureOfRecursions(Trunk):
         super().__init__(config)
         uses = Counter(config.block_of)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, uses[block]) for block in sorted(uses))
+        self.layers = nn.ModuleList(alike(Block, config, uses[block]) for block in sorted(uses))
         num_routers = {"none": 0, "expert": config.num_recursions, "token": 1}[config.router]
         self.routers = nn.ModuleList(make_router(config) for _ in range(num_routers))
         self.aux_routers = nn.ModuleList(make_router(config) for _ in range(num_routers * config.aux_router))

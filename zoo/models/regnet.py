@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.config import ImageConfig, axis
 from zoo.errors import ConfigError
-from zoo.layers import ConvNorm, DropPath, drop_path_rates
+from zoo.layers import ConvNorm, DropPath, alike, drop_path_rates
 from zoo.models._backbone import Backbone
 from zoo.registry import Family
 
@@ -111,7 +111,8 @@ class RegNet(Backbone):
         for i, out_dim in enumerate(config.widths):
             blocks: OrderedDict[str, nn.Module] = OrderedDict()
             for j, rate in enumerate(rates[i], start=1):
-                blocks[f"b{j}"] = Bottleneck(
+                blocks[f"b{j}"] = alike(
+                    Bottleneck,
                     dim,
                     out_dim,
                     stride=2 if j == 1 else 1,
