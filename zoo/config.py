@@ -228,3 +228,11 @@ class TextConfig(ModelConfig):
                 raise ConfigError(
                     f"{type(self).__name__}.{name} is {token}; expected 0 to {self.vocab_size - 1} or None."
                 )
+
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """No vocabulary is too small for its special tokens."""
+        if "vocab_size" in changes:
+            special = (self.bos_token_id, self.eos_token_id, self.pad_token_id)
+            least = 1 + max((token for token in special if token is not None), default=0)
+            changes = changes | {"vocab_size": max(changes["vocab_size"], least)}
+        return super().fit(changes)

@@ -198,6 +198,38 @@ def _broadcast(first: Any, second: Any) -> tuple[int, ...] | None:
     return shape if fits else None
 
 
+def _divided(mode: Shapes, a: Any, b: Any, **kwargs: Any) -> Any:
+    return _combined(mode, a, b) if a.is_floating_point() and not kwargs else NotImplemented
+
+
+def _transposed(_: Shapes, x: Tensor, first: int, second: int) -> Any:
+    shape = list(x.shape)
+    shape[first], shape[second] = shape[second], shape[first]
+    return _empty(shape, x.dtype)
+
+
+def _flattened(_: Shapes, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Any:
+    start, end = start_dim % x.ndim, end_dim % x.ndim + 1
+    return _empty((*x.shape[:start], math.prod(x.shape[start:end]), *x.shape[end:]), x.dtype)
+
+
+def _unflattened(_: Shapes, x: Tensor, dim: int, sizes: Any) -> Any:
+    known = math.prod(size for size in sizes if size != -1)
+    dim, whole = dim % x.ndim, x.shape[dim]
+    if sizes.count(-1) > 1 or whole % known or (-1 not in sizes and whole != known):
+        return NotImplemented  # for torch to say what is wrong
+    filled = (whole // known if size == -1 else size for size in sizes)
+    return _empty((*x.shape[:dim], *filled, *x.shape[dim + 1 :]), x.dtype)
+
+
+def _chunked(_: Shapes, x: Tensor, chunks: int, dim: int = 0) -> Any:
+    shape = list(x.shape)
+    if shape[dim] % chunks:
+        return NotImplemented
+    shape[dim] //= chunks
+    return (_empty(shape, x.dtype),) * chunks
+
+
 def _reduced(_: Shapes, x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     dims = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else dim
     gone = {each % x.ndim for each in dims}
@@ -340,6 +372,12 @@ def _rules() -> dict[Any, Callable[..., Any]]:
         torch.cat: _joined,
         torch.stack: _stacked,
         Tensor.__getitem__: _indexed,
+        Tensor.div: _divided,
+        Tensor.__truediv__: _divided,
+        Tensor.transpose: _transposed,
+        Tensor.flatten: _flattened,
+        Tensor.unflatten: _unflattened,
+        Tensor.chunk: _chunked,
         F.embedding: _embedded,
         F.linear: _linear,
         F.scaled_dot_product_attention: _attention,

@@ -51,7 +51,7 @@ _LOOP_FROM = 1 << 14  # cached numbers of a row from which decoding looks at row
 class MixtureOfRecursionsConfig(TextConfig):
     """A Llama whose middle is a shared stack of blocks. The defaults are the paper's 360M, R = 3, expert choice."""
 
-    vocab_size: int = 49_152
+    vocab_size: int = axis("vocabulary", 49_152, multiple_of=64)
     hidden_size: int = axis("width", 960, multiple_of=64)
     intermediate_size: int = axis("width", 2560, multiple_of=64)
     num_hidden_layers: int = axis("depth", 32)
@@ -155,6 +155,27 @@ class MixtureOfRecursionsConfig(TextConfig):
                 f"{name}.capacities is {shares}; kv_mode {self.kv_mode!r} needs 1.0 first, as the first recursion "
                 "makes the keys and values of all tokens."
             )
+
+    def granularity(self, name: str, index: int) -> int:
+        """Widths are whole groups of heads: heads stay as wide as they are, and as many share keys and values."""
+        if name == "hidden_size":
+            return self.head_dim * self._heads_per_key
+        return super().granularity(name, index)
+
+    def fit(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Heads follow the width; layers are the own ones, and the shared stack as often as there are recursions."""
+        fitted = super().fit(changes)
+        if "hidden_size" in fitted:
+            heads = fitted["hidden_size"] // self.head_dim
+            fitted |= {"num_attention_heads": heads, "num_key_value_heads": heads // self._heads_per_key}
+        if "num_hidden_layers" in fitted:
+            shared = (fitted["num_hidden_layers"] - self.own_layers) / self.num_recursions
+            fitted["num_hidden_layers"] = self.own_layers + self.num_recursions * max(1, round(shared))
+        return fitted
+
+    @property
+    def _heads_per_key(self) -> int:
+        return self.num_attention_heads // self.num_key_value_heads
 
     @property
     def head_dim(self) -> int:

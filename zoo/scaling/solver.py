@@ -20,7 +20,9 @@ from zoo.scaling.rules import Rule, compound_base, get_rule, rules_for
 
 TOLERANCE = 0.02  # relative error of a met target
 _GOOD = 0.01  # where the search stops early
+_SHORT_LIST = 3  # configs that are measured for a latency where others are only predicted
 _STEPS = 8  # configs that one search costs out at most
+_STRETCH = 0.1  # of its product, by which a single width may miss it so that the network meets its target
 _MAX_FACTOR = 1e6
 QUANTITIES = ("macs", "params", "activations", "latency_ms")
 
@@ -142,7 +144,8 @@ def fit(
         macs: Counted MACs of one sample: a number, or a multiple of the base's such as ``"4x"``.
         params: Learnable parameters, likewise.
         activations: Elements written by convolutions and matrix products, likewise.
-        latency_ms: Median milliseconds of a fused forward pass, batch 1, measured here and now.
+        latency_ms: Median milliseconds of a fused forward pass, batch 1, measured here and now; on a machine that
+            ``zoo calibrate`` has seen, of a short list that its predictions make.
         target: The device to measure on, such as ``"cpu"`` or ``"cuda"``.
         depth, width, resolution: Multipliers in place of the rule's; the rule rounds.
         img_size: The input's side in pixels, whatever the rule says of resolution.
@@ -192,7 +195,7 @@ def fit(
         return Fit(config, found_rule.name, factors, "factor", s, s)
     if quantity == "latency_ms":
         check_factor(quantity, value)
-        return search.meet(quantity, value, lambda config: measure_latency(config, target))
+        return _fit_latency(search, value, target)
     if quantity == "flops":
         check_factor(quantity, value)
         quantity, value = "macs", f"{value}x"
@@ -217,21 +220,62 @@ def _of_variants(kind: Any) -> dict[ModelConfig, Counts]:
 
 
 def measure_latency(config: ModelConfig, device: str = "cpu") -> float:
-    """Median milliseconds of a forward pass of one sample, fused, on this machine, weights as they are initialised."""
-    import torch
+    """Median milliseconds of a fused forward pass on this machine, weights as they are initialised.
 
+    Of one sample; of a language model's, as many tokens as ``zoo bench`` measures.
+    """
+    from zoo.analysis.bench import Conditions, _prepare, as_measured
     from zoo.analysis.benchmark import measure
-    from zoo.config import ImageConfig
     from zoo.factory import build
 
-    if not isinstance(config, ImageConfig):
-        raise ConfigError(f"{type(config).__name__} is not an image model's config; only those are measured.")
-    model: Any = build(config, device=device).eval()
-    model.fuse()
-    image = torch.randn(1, config.in_chans, *config.input_hw, device=device)
-    with torch.inference_mode():
-        timing = measure({"pass": lambda: model(image)}, device=device, rounds=5, turn_s=0.05, warmup_s=1.0)["pass"]
+    conditions = Conditions(device=device)
+    conditions.check()
+    model = as_measured(build(config), conditions)
+    call = _prepare(model, config, conditions, 1)
+    timing = measure({"pass": call}, device=device, rounds=5, turn_s=0.05, warmup_s=1.0)["pass"]
     return 1e3 * timing.median
+
+
+def _fit_latency(search: "_Search", target_ms: float, device: str) -> Fit:
+    """Of configs that are predicted to meet a latency, or without a prediction are searched for, one that is measured.
+
+    Where this machine is calibrated (``zoo calibrate``), a prediction makes the short list: the config that is
+    predicted to meet the target is measured, and the next one is predicted with what that has shown.
+    """
+    from zoo.analysis.calibrate import predict_latency_ms
+
+    def measured(config: ModelConfig) -> float:
+        return measure_latency(config, device)
+
+    if device != "cpu" or not _predictable(search.base):
+        return search.meet("latency_ms", target_ms, measured)
+    best: Fit | None = None
+    aim = target_ms
+    seen: set[ModelConfig] = set()
+    for _ in range(_SHORT_LIST):
+        predicted = search.meet("latency_ms", aim, predict_latency_ms)
+        if predicted.config in seen:
+            break
+        seen.add(predicted.config)
+        found = replace(predicted, target=target_ms, achieved=measured(predicted.config))
+        best = found if best is None else min(best, found, key=lambda each: abs(each.error))
+        if best.met:
+            break
+        aim *= target_ms / found.achieved
+    assert best is not None
+    return best
+
+
+def _predictable(config: ModelConfig) -> bool:
+    """Whether this machine's calibration knows the latency of such a config."""
+    from zoo.analysis.calibrate import predict_latency_ms
+    from zoo.errors import DataError
+
+    try:
+        predict_latency_ms(config)
+    except DataError:  # not calibrated
+        return False
+    return True
 
 
 def _check_options(rule: Rule, options: dict[str, float], targets: list[str]) -> None:
@@ -271,6 +315,35 @@ def _absolute(quantity: str, value: Any, base: ModelConfig) -> float:
         return relative * getattr(counts_of(base), quantity)
     check_factor(quantity, value)
     return float(value)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A step of one entry of one field."""
+
+    distance: float  # from its product, in steps, once it is done
+    name: str
+    index: int
+    step: int
+    room: int  # how many of them may be done
+
+    def least(self, config: ModelConfig) -> int:
+        """The fewest steps that change a config: several where a width is of whole groups; 0 if none do."""
+        return next((n for n in range(1, self.room + 1) if self.of(config, n) not in (None, config)), 0)
+
+    def of(self, config: ModelConfig, steps: int) -> ModelConfig | None:
+        """The config with so many steps done; None where its numbers do not fit together."""
+        value = getattr(config, self.name)
+        entries = list(value) if isinstance(value, tuple) else [value]
+        entries[self.index] += steps * self.step
+        if entries[self.index] < 1:
+            return None
+        try:
+            return config.override(
+                **config.fit({self.name: tuple(entries) if isinstance(value, tuple) else entries[0]})
+            )
+        except ConfigError:
+            return None
 
 
 class _Search:
@@ -332,39 +405,52 @@ class _Search:
         return best
 
     def _polish(self, evaluate: Callable[[Factors, ModelConfig], Fit], best: Fit) -> Fit:
-        """Where the target is missed, round single widths the other way, those nearest to the middle first."""
+        """Where the target is missed, move single widths by steps, those first that rounding nearly put there."""
         tried = {best.config}
         while not best.met and len(tried) <= _STEPS:
-            neighbours = [each for each in self._neighbours(best) if each not in tried]
-            if not neighbours:
+            moves = ((move, move.least(best.config)) for move in self._moves(best))
+            move, steps = next(((m, n) for m, n in moves if n and m.of(best.config, n) not in tried), (None, 0))
+            if move is None:
                 break
-            tried.add(neighbours[0])
-            best = min(best, evaluate(best.factors, neighbours[0]), key=lambda each: abs(each.error))
+            found = self._moved(evaluate, best, move, steps, tried)
+            gain = found.achieved - best.achieved
+            more = min(move.room, steps * round((best.target - best.achieved) / gain)) if gain else 0
+            if more > steps:
+                found = min(found, self._moved(evaluate, best, move, more, tried), key=lambda each: abs(each.error))
+            best = min(best, found, key=lambda each: abs(each.error))
         return best
 
-    def _neighbours(self, found: Fit) -> list[ModelConfig]:
-        """Configs with one width a step further towards the target, not far from its product."""
-        steps = []
+    def _moved(
+        self,
+        evaluate: Callable[[Factors, ModelConfig], Fit],
+        best: Fit,
+        move: "_Move",
+        steps: int,
+        tried: set[ModelConfig],
+    ) -> Fit:
+        config = move.of(best.config, steps)
+        if config is None or config in tried:
+            return best
+        tried.add(config)
+        return evaluate(best.factors, config)
+
+    def _moves(self, found: Fit) -> list["_Move"]:
+        """Steps of one width each towards the target that do not leave its product far behind."""
+        moves = []
         for spec in fields(found.config):
             axis = spec.metadata.get("axis")
             if axis is None or axis.dimension != "width" or spec.name in self.rule.rounding.fixed:
                 continue
             value, old = getattr(found.config, spec.name), getattr(self.origin, spec.name)
             for i, entry in enumerate(value if isinstance(value, tuple) else (value,)):
-                step = math.copysign(self.origin.granularity(spec.name, i), -found.error)
+                step = self.origin.granularity(spec.name, i)
                 product = (old[i] if isinstance(value, tuple) else old) * found.factors.width
-                distance = abs(entry + step - product) / abs(step)
-                if distance <= 1.5 and entry + step > 0:
-                    changed = int(entry + step)
-                    entries = (*value[:i], changed, *value[i + 1 :]) if isinstance(value, tuple) else changed
-                    steps.append((distance, spec.name, entries))
-        configs = []
-        for _, name, entries in sorted(steps, key=lambda each: each[0]):
-            try:
-                configs.append(found.config.override(**found.config.fit({name: entries})))
-            except ConfigError:  # widths that do not fit together
-                continue
-        return configs
+                sign = -1 if found.error > 0 else 1
+                ahead = sign * (entry - product)  # how far it is already
+                room = int((max(1.5 * step, _STRETCH * product) - ahead) / step)
+                if room >= 1:
+                    moves.append(_Move((ahead + step) / step, spec.name, i, sign * step, room))
+        return sorted(moves, key=lambda each: abs(each.distance))
 
     def _wider_than(self, factors: Factors) -> Callable[[float], Factors]:
         """Factors as they are but for the width's, which becomes so many times larger as costs ``s`` times as much."""
@@ -416,7 +502,7 @@ class _Search:
         by_width = {"macs": 2, "params": 2, "activations": 1, "latency_ms": 1}[quantity]
         old, new = _by_dimension(self.origin), _by_dimension(config)
         ratios = [
-            [after / before for before, after in zip(*pair, strict=True)]
+            [after / before if before else 1.0 for before, after in zip(*pair, strict=True)]
             for pair in zip(old["width"], new["width"], strict=True)
         ]
         mean = sum(map(sum, ratios)) / sum(map(len, ratios)) if ratios else 1.0
