@@ -1,7 +1,14 @@
-"""Backbones from stages: every block runs, scales, fuses, and a hand-written network is saved and loaded by name."""
+"""Backbones from stages: every block runs, scales, fuses, and a hand-written network is as good as a named one.
+
+That it can be pushed is in tests/pretrained/test_push.py.
+"""
 
 import json
+import math
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +49,54 @@ def test_mixed_stages_saved_and_loaded(tmp_path: Path) -> None:
     assert again.config == config
     with torch.no_grad():
         assert torch.equal(again(IMAGES), model(IMAGES))
+
+
+@pytest.fixture(scope="module")
+def every_block() -> zoo.ModelConfig:
+    """A scaled network with all blocks in it."""
+    return scaled(BLOCKS)
+
+
+def scaled(blocks: Iterable[str]) -> zoo.ModelConfig:
+    stages = [Stage(block, depth=1, width=16, expand_ratio=2, stride=2 - i % 2) for i, block in enumerate(blocks)]
+    return zoo.scale(anynet(stages, num_classes=3, img_size=64), "width", factor=1.7)
+
+
+@pytest.mark.slow
+def test_exported(randomise: Callable, tmp_path: Path) -> None:
+    # EfficientVMamba's own tests export the scan, which takes longer than all the rest.
+    model = randomise(zoo.build(scaled(block for block in BLOCKS if block != "scan")))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of branches on shapes, while tracing
+        expected = model(IMAGES)
+        programs = {
+            "trace": torch.jit.trace(model, IMAGES, check_trace=False),
+            "compile": torch.compile(model, fullgraph=True, backend="eager"),
+        }
+        for name, program in programs.items():
+            torch.testing.assert_close(program(IMAGES), expected, atol=1e-5, rtol=1e-5, msg=name)
+    exported = zoo.export(model, "onnx", tmp_path / "out")  # which runs it in onnxruntime
+    assert exported.manifest["checks"]
+    assert all(check["max_abs"] <= 1e-4 * check["scale"] for check in exported.manifest["checks"])
+
+
+def test_trained_by_a_recipe(every_block: Any, tiny_recipe: Callable, tmp_path: Path) -> None:
+    from zoo.train.engine import _Run
+    from zoo.train.run_folder import RunFolder
+
+    recipe = tiny_recipe(**{"model.name": "anynet", "model.overrides": overrides(every_block)})
+    run = _Run(recipe, RunFolder(tmp_path), quiet=True)
+    assert run.plain_model.config == every_block
+    before = {key: tensor.clone() for key, tensor in run.plain_model.named_parameters()}
+    run.model.train()
+    run.train_loader.set_epoch(0)
+    run.progress.start_epoch()
+    batches = iter(run.train_loader)
+    for _ in range(2):
+        run._step(batches)
+    assert math.isfinite(run.loss_sum)
+    changed = [key for key, tensor in run.plain_model.named_parameters() if (tensor != before[key]).any()]
+    assert len(changed) > 0.5 * len(before)
 
 
 def test_bad_stages() -> None:

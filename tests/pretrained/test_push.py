@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 import zoo
 from zoo.atomic import save_safetensors
+from zoo.builders import Stage, anynet, overrides
 from zoo.errors import WeightsError
 from zoo.pretrained.hub import write_repository
 from zoo.train.run_folder import ModelRecord, RunFolder
@@ -54,13 +55,19 @@ def test_pushed_weights_load_in_zoo_and_in_timm(hub: Any, client: Any) -> None:
     assert not hub.downloads()[0].startswith("/api")
 
 
-def test_a_run_folder_with_another_architecture(hub: Any, client: Any, tmp_path: Path) -> None:
-    sizes = {"depths": (1, 1, 1), "widths": (16, 24, 32), "num_heads": (2, 2, 2), "img_size": (32, 64), "in_chans": 1}
-    model = zoo.create_model("efficientvit_m0", **sizes, num_classes=3)
+SMALL = {"depths": (1, 1, 1), "widths": (16, 24, 32), "num_heads": (2, 2, 2)}
+HAND_WRITTEN = overrides(anynet([Stage("mbconv", 1, 16), Stage("modulation", 1, 24, expand_ratio=2)]))
+
+
+@pytest.mark.parametrize("name, sizes", [("efficientvit_m0", SMALL), ("anynet", HAND_WRITTEN)])
+def test_a_run_folder_with_another_architecture(
+    name: str, sizes: dict[str, Any], hub: Any, client: Any, tmp_path: Path
+) -> None:
+    model: Any = zoo.create_model(name, **{**sizes, "img_size": (32, 64), "in_chans": 1}, num_classes=3)
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
     preprocessing = zoo.preprocessing.Preprocessing(img_size=(32, 64), mean=(0.5,), std=(0.25,))
-    ModelRecord("efficientvit_m0", model.config, preprocessing, ("x", "y", "z")).write(run)
+    ModelRecord(name, model.config, preprocessing, ("x", "y", "z")).write(run)
     save_safetensors(model.state_dict(), run.weights)
     code = ROUND_TRIP.format(source=f"local-dir:{run.path}").replace(
         '"owner/mine")\nassert', '"owner/mine", licence="mit")\nassert'
