@@ -1,5 +1,6 @@
-"""From a name or a run folder to a language model that goes on with a text."""
+"""From a name or a run folder to a language model that goes on with a text, or with many."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,26 @@ import torch
 from torch import Tensor
 
 from zoo.data.tokens import Tokenizer, load_tokenizer
-from zoo.errors import ConfigError, WeightsError
+from zoo.errors import ConfigError, DataError, WeightsError, reason
 from zoo.factory import create_model
 from zoo.pretrained.source import find_weights, is_source
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt and what a model went on with.
+
+    Attributes:
+        prompt, text: Both as text.
+        tokens: Of prompt and text, one after the other.
+        depths: Recursions that each of them took, but for the last, which nothing had to follow; empty for a model
+            whose tokens have no depth.
+    """
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    depths: list[int]
 
 
 @dataclass(frozen=True)
@@ -51,17 +69,8 @@ class Writer:
         Raises:
             ConfigError: If a number is out of range.
         """
-        checks = {
-            f"max_new_tokens is {max_new_tokens}; expected 1 or more.": max_new_tokens >= 1,
-            f"temperature is {temperature:g}; expected 0 (the likeliest token) or more.": temperature >= 0,
-            f"top_k is {top_k}; expected 0 (all tokens) or more.": top_k >= 0,
-            f"top_p is {top_p:g}; expected more than 0, at most 1.": 0 < top_p <= 1,
-        }
-        for problem, holds in checks.items():
-            if not holds:
-                raise ConfigError(problem)
-        tokens = [*self.tokenizer.prefix, *self.tokenizer.encode([prompt])[0]] or [self.tokenizer.eos]
-        inputs = torch.tensor([tokens], device=self.model.device)
+        _check_sampling(max_new_tokens, temperature, top_k, top_p)
+        inputs = torch.tensor([self._tokens_of(prompt)], device=self.model.device)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {}
         stream = _Stream(self.tokenizer, on_text)
         with torch.random.fork_rng(devices=[] if inputs.device.type == "cpu" else [inputs.device]):
@@ -80,6 +89,100 @@ class Writer:
                 **sampling,
             )
         return stream.text
+
+    def write_all(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        max_sequences: int = 32,
+    ) -> list[Written]:
+        """What the model goes on with after each of many prompts, worked on together by depth-wise batching.
+
+        Every text is the one that :meth:`write` gives for its prompt alone, with ``seed`` + its number as the seed.
+
+        Args:
+            prompts: Any texts.
+            max_new_tokens, temperature, top_k, top_p, seed: As for :meth:`write`.
+            max_sequences: How many are worked on at once.
+
+        Raises:
+            ConfigError: If a number is out of range, or the model has no block that recursions share.
+        """
+        from zoo.serve import DepthBatcher
+
+        _check_sampling(max_new_tokens, temperature, top_k, top_p)
+        batcher = DepthBatcher(
+            self.model,
+            max_sequences=max(1, min(max_sequences, len(prompts))),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=torch.seed() % (1 << 62) if seed is None else seed,
+            eos_token_id=self.tokenizer.eos,
+        )
+        for prompt in prompts:
+            batcher.submit(self._tokens_of(prompt), max_new_tokens=max_new_tokens)
+        return [
+            Written(
+                prompt,
+                self.tokenizer.decode([token for token in each.tokens if token != self.tokenizer.eos]),
+                each.prompt + each.tokens,
+                each.depths,
+            )
+            for prompt, each in zip(prompts, batcher.run(), strict=True)
+        ]
+
+    def _tokens_of(self, prompt: str) -> list[int]:
+        return [*self.tokenizer.prefix, *self.tokenizer.encode([prompt])[0]] or [self.tokenizer.eos]
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    checks = {
+        f"max_new_tokens is {max_new_tokens}; expected 1 or more.": max_new_tokens >= 1,
+        f"temperature is {temperature:g}; expected 0 (the likeliest token) or more.": temperature >= 0,
+        f"top_k is {top_k}; expected 0 (all tokens) or more.": top_k >= 0,
+        f"top_p is {top_p:g}; expected more than 0, at most 1.": 0 < top_p <= 1,
+    }
+    for problem, holds in checks.items():
+        if not holds:
+            raise ConfigError(problem)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a file: its lines, empty ones apart; in JSONL, each object's ``prompt``.
+
+    Raises:
+        DataError: If it cannot be read, holds none, or a line of JSONL has none.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"Cannot read prompts from {path}: {reason(error)}; expected a text file, one a line."
+        ) from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                line = None
+            if not isinstance(line, str):
+                raise DataError(
+                    f'{path}, line {number}: expected an object with "prompt", such as {{"prompt": "To be"}}.'
+                )
+        prompts.append(line)
+    if not prompts:
+        raise DataError(f"{path} holds no prompt; expected one a line.")
+    return prompts
 
 
 class _Stream:

@@ -10,8 +10,15 @@ from torch.utils.data import Dataset
 import zoo
 from zoo.data.tokens import Bytes
 
-SMALL = {"matmulfree_2m": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}}
-PROJECTIONS = {"matmulfree_2m": ["i_proj", "f_proj", "g_proj", "o_proj", "gate_proj", "down_proj"]}
+SMALL = {
+    "matmulfree_2m": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96},
+    "mor_2m_r3": {"hidden_size": 48, "num_hidden_layers": 5, "intermediate_size": 96, "bos_token_id": 256},
+}
+BLOCKS = {"matmulfree_2m": 2, "mor_2m_r3": 3}  # a shared one is adapted once
+PROJECTIONS = {
+    "matmulfree_2m": ["i_proj", "f_proj", "g_proj", "o_proj", "gate_proj", "down_proj"],
+    "mor_2m_r3": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 pytestmark = pytest.mark.parametrize("name", list(SMALL))
 
@@ -43,9 +50,8 @@ def test_lora_trains_and_merges(name: str) -> None:
     adapted = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=PROJECTIONS[name], task_type="CAUSAL_LM", lora_alpha=8)
     )
-    layers = SMALL[name]["num_hidden_layers"]
     trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 2 * layers * len(PROJECTIONS[name])
+    assert len(trained) == 2 * BLOCKS[name] * len(PROJECTIONS[name])
     assert all("lora_" in key for key in trained)
     assert torch.equal(adapted(tokens).logits, before)  # LoRA starts at nothing
     optimiser = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)

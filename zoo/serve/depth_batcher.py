@@ -148,6 +148,7 @@ class DepthBatcher:
         max_sequences: How many are worked on at once; others wait for a place.
         temperature: Of sampling; 0 takes the likeliest token.
         top_k: Sample from so many of the likeliest tokens; 0 for all.
+        top_p: Sample from the likeliest tokens that have this probability together.
         seed: Of sampling: prompt i draws from ``seed + i``.
         eos_token_id: Ends a sequence; None for the model's own.
         pack: Keep a second copy of the weights as oneDNN wants them, which small batches multiply faster by; None: for
@@ -174,6 +175,7 @@ class DepthBatcher:
         max_sequences: int = 32,
         temperature: float = 0.0,
         top_k: int = 0,
+        top_p: float = 1.0,
         seed: int = 0,
         eos_token_id: int | None = None,
         pack: bool | None = None,
@@ -186,13 +188,13 @@ class DepthBatcher:
             raise ConfigError(
                 f"sharing is {config.sharing!r}; expected 'cycle' or 'middle_cycle', whose recursions pass."
             )
-        if max_sequences < 1 or temperature < 0 or top_k < 0:
+        if max_sequences < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ConfigError(
-                f"max_sequences is {max_sequences}, temperature {temperature:g}, top_k {top_k}; expected at least 1, 0 "
-                "and 0."
+                f"max_sequences is {max_sequences}, temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}; "
+                "expected at least 1, 0 and 0, and more than 0 up to 1."
             )
         self.model, self.trunk = model, trunk
-        self.temperature, self.top_k, self.seed = temperature, top_k, seed
+        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
         self.eos = config.eos_token_id if eos_token_id is None else eos_token_id
         weight = trunk.embed_tokens.weight
         self.dtype, self.device = weight.dtype, weight.device
@@ -294,6 +296,11 @@ class DepthBatcher:
             if self.top_k:
                 least = logits.topk(min(self.top_k, len(logits))).values[-1]
                 logits = logits.masked_fill(logits < least, -math.inf)
+            if self.top_p < 1:
+                ordered, order = logits.sort()
+                small = ordered.softmax(0).cumsum(0) <= 1 - self.top_p
+                small[-1] = False
+                logits = logits.masked_fill(small.scatter(0, order, small), -math.inf)
             token = int(torch.multinomial(logits.softmax(0), 1, generator=sequence.generator))
         sequence.result.tokens.append(token)
         sequence.left -= 1
