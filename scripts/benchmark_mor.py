@@ -2,9 +2,9 @@
 
     python scripts/benchmark_mor.py
 
-Shapes of 360M with random weights; the routers' thresholds are calibrated, so that tokens take the recursions that the
-recipe's capacities say. float32. Everything is measured in turns; tokens a second count what was written. The cache's
-bytes are those of the stores, beside the formula.
+Shapes of 360M with random weights; the routers' thresholds are calibrated on what the model writes, so that tokens
+take the recursions that the recipe's capacities say. float32. Everything is measured in turns; tokens a second count
+what was written. The cache's bytes are those of the stores, beside the formula.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model", default="mor_360m_r3_expert")
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=32, help="tokens before the first that is written")
-    parser.add_argument("--steps", type=int, default=4, help="tokens of each sequence in a sample")
+    parser.add_argument("--steps", type=int, default=4, help="tokens of each sequence in a sample; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--train", type=int, default=256, help="tokens of a training step; 0: none")
@@ -39,13 +39,14 @@ def main() -> None:
     recursive: Any = zoo.build(config.override(router="none", capacities=())).eval()
     vanilla = make_vanilla(config)
     text = torch.randint(0, config.vocab_size, (options.sequences, 64))
-    depth = ours.calibrate(text[:8])
     print(f"{options.model}, {options.sequences} sequences after {options.prompt} tokens, {options.threads} threads")
+    prompts = text[:, : options.prompt]
+    depth = calibrate_on_own_text(ours, prompts)
     print(
         f"calibrated to a mean depth of {depth:.2f} of {config.num_recursions} (capacities: {sum(config.shares):.2f})"
     )
-    prompts = text[:, : options.prompt]
-    decode(options, prompts, {"vanilla": vanilla, "recursive": recursive, "mor, in step": ours})
+    if options.steps:
+        decode(options, prompts, {"vanilla": vanilla, "recursive": recursive, "mor": ours})
     for length in options.prefill:
         rounds = options.rounds if length <= 512 else 1
         prefill(rounds, length, {"vanilla": vanilla, "recursive": recursive, "mor": ours}, config)
@@ -73,22 +74,32 @@ def make_vanilla(config: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)).eval()
 
 
+def calibrate_on_own_text(model: Any, prompts: torch.Tensor, written: int = 24) -> float:
+    """Calibrate twice on the tokens that the model writes, which the thresholds change; returns the mean depth."""
+    depth = model.calibrate(prompts)
+    for _ in range(2):
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        text = model.generate(prompts, max_new_tokens=written, **options)
+        depth = model.calibrate(text[:, -written:])
+    return depth
+
+
 def decode(options: argparse.Namespace, prompts: torch.Tensor, models: dict[str, Any]) -> None:
     """Tokens a second of decoding, every sequence taking its likeliest token."""
     timers: dict[str, Callable[[], float]] = {}
     for name, model in models.items():
-        timers[name] = in_step(model, prompts, options.steps)
-    ours = models["mor, in step"]
+        timers[f"{name}, in step"] = in_step(model, prompts, options.steps)
     batchers = {}
-    for name, pack in (("mor, depth-wise", False), ("mor, depth-wise, packed weights", True)):
-        batcher = batchers[name] = DepthBatcher(ours, max_sequences=len(prompts), pack=pack)
+    for name, pack in (("mor", False), ("mor", True), ("recursive", True)):
+        label = f"{name}, depth-wise{', packed' if pack else ''}"
+        batcher = batchers[label] = DepthBatcher(models[name], max_sequences=len(prompts), pack=pack)
         batcher.eos = None
         for prompt in prompts:
             batcher.submit(prompt, max_new_tokens=1 << 20)
         batcher.step()
-        timers[name] = depth_wise(batcher, options.steps)
+        timers[label] = depth_wise(batcher, options.steps)
     samples = in_turns(options.rounds, timers)
-    base = statistics.median(samples["vanilla"])
+    base = statistics.median(samples["vanilla, in step"])
     print("\ndecoding                              tokens/s   lowest to highest   vanilla = 1")
     for name, speeds in samples.items():
         middle = statistics.median(speeds)
@@ -124,14 +135,15 @@ def cache_of(out: Any) -> Any:
 
 
 def depth_wise(batcher: DepthBatcher, steps: int) -> Callable[[], float]:
-    """Tokens a second of the batcher, in so many passes that each sequence writes about ``steps`` tokens."""
+    """Tokens a second of the batcher, in so many passes that each sequence writes ``steps`` tokens, or more."""
+    passes = steps * batcher.trunk.config.num_recursions
 
     def count() -> int:
         return sum(len(place.result.tokens) for place in batcher.places if place is not None)
 
     def run() -> float:
         before, start = count(), time.perf_counter()
-        for _ in range(2 * steps):
+        for _ in range(passes):
             batcher.step()
         return (count() - before) / (time.perf_counter() - start)
 

@@ -8,7 +8,6 @@ and fewer tokens.
 In this file S is the number of places for sequences, N of tokens in a pass.
 """
 
-import copy
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, ShapeError
 from zoo.models._recursion_cache import RecursionCache
-from zoo.models.mixture_of_recursions import MixtureOfRecursions, attend_rows
+from zoo.models._recursion_tokens import Reach, attend_rows
+from zoo.models.mixture_of_recursions import Block, MixtureOfRecursions
 
 
 @dataclass
@@ -58,14 +58,15 @@ class _Pass:
     def __init__(self, batcher: "DepthBatcher", rows: Tensor, depths: list[int] | None) -> None:
         self.batcher, self.rows = batcher, rows
         self.chunk = batcher  # whose `cache` tells the trunk not to run blocks twice
-        angles = batcher.columns[rows][:, None]
-        self.cos, self.sin = (each for each in batcher.trunk.rope(angles, batcher.dtype))
-        # Which of the tokens are at each depth; None for the first and last layer.
-        self.at: dict[int, Tensor] = {}
+        self.columns = batcher.columns[rows]
+        self.cos, self.sin = batcher.trunk.rope(self.columns[:, None], batcher.dtype)
+        # Which of the tokens are at each depth, None for all of them; no entry for the first and last layer.
+        self.at: dict[int, Tensor | None] = {}
         if depths is not None:
             every = torch.tensor(depths)
-            self.at = {depth: (every == depth).nonzero()[:, 0] for depth in sorted(set(depths))}
-        self.placed: dict[int, Tensor] = {}
+            found = sorted(set(depths))
+            self.at = {depth: (every == depth).nonzero()[:, 0] if len(found) > 1 else None for depth in found}
+        self.placed: dict[tuple[int, int], tuple[Tensor, Reach]] = {}  # by depth and group
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotary position embedding of ``[N, H, K]``."""
@@ -80,62 +81,82 @@ class _Pass:
             q: ``[N, H, K]``.
             k, v: ``[N, Hkv, K]``.
         """
-        cache, config = self.batcher.cache, self.batcher.trunk.config
+        config = self.batcher.trunk.config
         if not self.at:
-            return self._attend(config.store_of(layer), 0, self.rows, q, k, v, write=(config.store_of(layer),))
+            store = config.store_of(layer)
+            return self._attend(0, None, store, q, k, v, write=(store,))
         out = torch.empty_like(q)
         for depth, mine in self.at.items():
-            whole = len(mine) == len(self.rows)
-            rows = self.rows if whole else self.rows[mine]
             store = config.store_of(layer + depth * config.base_depth)
-            group = cache.groups[store]
             write: tuple[int, ...] = (store,)
             if config.router != "none" and config.kv_mode == "share" and depth:
                 write = ()
             elif config.router != "none" and config.kv_mode == "update":  # deeper ones keep these until they have fresh
                 write = tuple(layer + d * config.base_depth for d in range(depth, config.num_recursions))
-            parts = (q, k, v) if whole else (q[mine], k[mine], v[mine])
-            answer = self._attend(store, group, rows, *parts, write=write)
-            if whole:
-                return answer
-            out[mine] = answer
+            if mine is None:
+                return self._attend(depth, None, store, q, k, v, write=write)
+            out[mine] = self._attend(depth, mine, store, q[mine], k[mine], v[mine], write=write)
         return out
 
     def _attend(
-        self, store: int, group: int, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, *, write: Iterable[int]
+        self, depth: int, mine: Tensor | None, store: int, q: Tensor, k: Tensor, v: Tensor, *, write: Iterable[int]
     ) -> Tensor:
         cache = self.batcher.cache
-        if group and group not in self.placed:
-            self.placed[group] = cache.place(group, rows, self.batcher.columns[rows], len(self.batcher.columns))
-        columns = self.placed[group] if group else self.batcher.columns[rows]
+        group = cache.groups[store]
+        if (depth, group) not in self.placed:
+            rows, columns = (each if mine is None else each[mine] for each in (self.rows, self.columns))
+            if group:
+                columns = cache.place(group, rows, columns, len(self.batcher.columns))
+            counts = cache.counts[group]
+            assert counts is not None
+            self.placed[depth, group] = columns, Reach(rows, counts)
+        columns, reach = self.placed[depth, group]
         for each in write:
-            cache.put(each, rows, columns, k, v)
-        keys, values, counts = cache.keys[store], cache.values[store], cache.counts[group]
+            cache.put(each, reach.rows, columns, k, v)
+        keys, values = cache.keys[store], cache.values[store]
         assert keys is not None
         assert values is not None
-        assert counts is not None
-        return attend_rows(q, keys, values, rows, counts)
+        return attend_rows(q, keys, values, reach)
 
 
 class _PackedLinear(nn.Module):
-    """A linear layer without bias whose weight is laid out for multiplying few rows."""
+    """A linear layer without bias whose weight is laid out for multiplying few rows: ``[N, D] -> [N, E]``."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, *weights: Tensor) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights).detach(), 32)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+    def forward(self, x: Tensor, *, activation: str = "none") -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, activation, [], "")
+
+    def add(self, x: Tensor, to: Tensor) -> Tensor:
+        """What it makes of ``x``, added to ``[N, E]``."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, to, self.packed, None, "add")
 
 
-def _packed(block: nn.Module) -> nn.Module:
-    """The block with the same norms and packed linear layers."""
-    twin = copy.copy(block)
-    twin._modules = dict(block._modules)
-    for part in ("self_attn", "mlp"):
-        layers = block.get_submodule(part).named_children()
-        twin._modules[part] = nn.ModuleDict({name: _PackedLinear(layer.weight) for name, layer in layers})  # type: ignore[arg-type]
-    return twin
+class _PackedBlock(nn.Module):
+    """A block's forward pass on packed weights: as :meth:`Block.forward`, in fewer operators."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attend, mlp = block.self_attn, block.mlp
+        names = ("q_proj", "k_proj", "v_proj")
+        self.sizes = [attend.get_submodule(name).weight.shape[0] // block.head_dim for name in names[:2]]
+        self.head_dim = block.head_dim
+        self.norms = block.input_layernorm, block.post_attention_layernorm  # of each use, where uses have their own
+        self.qkv = _PackedLinear(*(attend.get_submodule(name).weight for name in names))
+        self.out, self.gate = _PackedLinear(attend["o_proj"].weight), _PackedLinear(mlp["gate_proj"].weight)
+        self.up, self.down = _PackedLinear(mlp["up_proj"].weight), _PackedLinear(mlp["down_proj"].weight)
+
+    def forward(self, x: Tensor, tokens: _Pass, layer: int, use: int) -> Tensor:
+        before, after = (norms[use] if isinstance(norms, nn.ModuleList) else norms for norms in self.norms)
+        q, k = self.sizes
+        heads = self.qkv(before(x)).unflatten(-1, (-1, self.head_dim))
+        turned = tokens.rotate(heads[:, : q + k])
+        y = tokens.attend(layer, turned[:, :q], turned[:, q:], heads[:, q + k :])
+        x = self.out.add(y.flatten(-2), x)
+        y = after(x)
+        return self.down.add(self.gate(y, activation="swish") * self.up(y), x)
 
 
 class DepthBatcher:
@@ -201,7 +222,7 @@ class DepthBatcher:
         if pack is None:
             pack = self.device.type == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available()
         packed = pack and not config.lora_rank
-        self.blocks: list[Any] = [_packed(block) if packed else block for block in trunk.layers]
+        self.blocks: list[Any] = [_PackedBlock(block) if packed else block for block in trunk.layers]
         self.head: Any = _PackedLinear(model.lm_head.weight) if packed else model.lm_head
         self.cache: RecursionCache = trunk.make_cache()
         for group in range(self.cache.num_groups):
