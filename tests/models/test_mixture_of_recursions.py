@@ -1,6 +1,7 @@
 """Mixture-of-Recursions: equal to the released code in training, causal in decoding, as cheap as its routers say."""
 
 import dataclasses
+import random
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -180,6 +181,71 @@ def test_no_later_token_changes_an_earlier_logit(variant: str) -> None:
         assert_close(model(other).logits[:, :9], model(ids).logits[:, :9], atol=1e-12, rtol=0)
 
 
+def random_config(seed: int) -> dict[str, Any]:
+    """Any config that holds together, small."""
+    draw = random.Random(seed)
+    repeats = draw.choice([1, 2, 3, 4])
+    router = draw.choice(["expert", "expert", "token", "none"])
+    kinds = ["cycle", "middle_cycle"] + ["sequence", "middle_sequence"] * (router == "none")
+    sharing = draw.choice(kinds)
+    changes: dict[str, Any] = {
+        "num_recursions": repeats,
+        "router": router,
+        "sharing": sharing,
+        "num_hidden_layers": repeats * draw.choice([1, 2]) + 2 * sharing.startswith("middle"),
+        "num_key_value_heads": draw.choice([1, 2, 4]),
+        "share_norms": draw.random() < 0.7,
+        "lora_rank": draw.choice([0, 0, 2]),
+        "router_form": draw.choice(["linear", "mlp"]),
+        "router_temperature": draw.choice([1.0, 2.0]),
+        "gating": draw.choice(["weighted", "none"]),
+        "alpha": draw.choice([0.1, 1.0]),
+        "kv_mode": draw.choice(["recursion", "share", "update"]) if sharing.endswith("cycle") else "recursion",
+        "tie_word_embeddings": draw.random() < 0.5,
+    }
+    if router == "expert":
+        first = 1.0 if changes["kv_mode"] != "recursion" else draw.choice([1.0, 0.9])
+        later = sorted((draw.uniform(0.3, 0.9) for _ in range(repeats - 1)), reverse=True)
+        changes["capacities"] = (first, *later)
+        changes["aux_router"] = draw.random() < 0.3
+    if router == "token":
+        changes["balancing"] = draw.choice(["loss", "loss_free"])
+    return changes
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_configs_are_causal_cached_and_batched_exactly(seed: int) -> None:
+    changes, draw = random_config(seed), random.Random(seed)
+    model, length = make("expert", **changes), draw.randint(9, 20)
+    ids = tokens(3, length, seed)
+    mask = torch.ones_like(ids)
+    for row in range(3):
+        mask[row, : draw.randint(0, 4)] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False)
+        cut = draw.randint(5, length - 1)  # no later token changes an earlier logit
+        other = torch.cat([ids[:, :cut], tokens(3, length, seed + 99)[:, cut:]], 1)
+        real = mask[:, :cut].bool()
+        changed = model(other, attention_mask=mask, use_cache=False).logits
+        assert_close(changed[:, :cut][real], whole.logits[:, :cut][real], atol=1e-10, rtol=0)
+        assert not torch.allclose(changed[:, cut:], whole.logits[:, cut:])
+        cache, at = model.make_cache(), 0  # in pieces of any length
+        while at < length:
+            end = min(length, at + draw.choice([1, 1, 1, 2, 5]))
+            piece = model(ids[:, at:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            real = mask[:, at:end].bool()
+            assert_close(piece[real], whole.logits[:, at:end][real], atol=1e-10, rtol=0)
+            at = end
+        assert torch.equal(cache.state.depths.long(), whole.routing.depths)
+        first, second = ids[:1, :cut], ids[:1, cut:]  # packed documents
+        positions = torch.cat([torch.arange(cut), torch.arange(length - cut)])[None]
+        packed = model(ids[:1], position_ids=positions).logits
+        assert_close(packed[:, :cut], model(first).logits, atol=1e-10, rtol=0)
+        assert_close(packed[:, cut:], model(second).logits, atol=1e-10, rtol=0)
+    if changes["sharing"].endswith("cycle"):
+        check_batcher(model, places=draw.randint(1, 4))
+
+
 def test_topk_is_not_causal() -> None:
     """Which is why evaluation does not use it."""
     model, ids = make(), tokens()
@@ -322,11 +388,9 @@ def alone(model: Any, prompt: torch.Tensor, count: int) -> torch.Tensor:
     return ids[0, len(prompt) :]
 
 
-@pytest.mark.parametrize("variant", MIXED)
-def test_results_are_those_of_each_sequence_alone(variant: str) -> None:
-    """More sequences than places, of different lengths: they come and go at different times."""
-    model = make(variant)
-    batcher = DepthBatcher(model, max_sequences=3)
+def check_batcher(model: Any, places: int, **options: Any) -> None:
+    """More sequences than places, of different lengths, that come and go at different times: each as if alone."""
+    batcher = DepthBatcher(model, max_sequences=places, **options)
     prompts = [tokens(1, length, seed=i)[0] for i, (length, _) in enumerate(LENGTHS)]
     for prompt, (_, count) in zip(prompts, LENGTHS, strict=True):
         batcher.submit(prompt, max_new_tokens=count)
@@ -336,6 +400,20 @@ def test_results_are_those_of_each_sequence_alone(variant: str) -> None:
         with torch.no_grad():
             whole = model(torch.tensor([result.prompt + result.tokens[:-1]]), use_cache=False)
         assert result.depths == whole.routing.depths[0].tolist()
+
+
+@pytest.mark.parametrize("variant", MIXED)
+def test_results_are_those_of_each_sequence_alone(variant: str) -> None:
+    check_batcher(make(variant), places=3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="weights are packed by oneDNN")
+@pytest.mark.parametrize("variant", ["expert", "ungated", "update", "token", "none"])
+def test_results_on_packed_weights_are_the_same(variant: str) -> None:
+    model = make(variant, dtype=torch.float32)
+    check_batcher(model, places=3, pack=True)
+    plain, packed = (DepthBatcher(model, pack=pack).blocks[0] for pack in (False, True))
+    assert type(packed) is not type(plain)
 
 
 def test_sequences_at_different_depths_share_passes() -> None:

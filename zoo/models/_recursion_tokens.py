@@ -98,8 +98,8 @@ class Reach:
         self.rows = rows
         self._of_each = counts[rows]
         self.lengths: list[int] = self._of_each.tolist()
-        self.longest = max(self.lengths)
-        alike = len(rows) == len(counts) and min(self.lengths) == self.longest
+        self.longest = max(self.lengths, default=0)
+        alike = len(rows) == len(counts) and min(self.lengths, default=0) == self.longest
         self.everything = alike and bool((rows[1:] > rows[:-1]).all())  # every row, in order, and equally far
         self.numbers: list[int] = rows.tolist()
 
@@ -312,7 +312,7 @@ class Tokens:
     def keep_keys(self, recursions: Iterable[int]) -> None:
         """Under ``kv_mode`` "update", give recursions that no token takes the keys of the ones before them."""
         config, cache = self.config, self.chunk.cache
-        if config.kv_mode != "update" or cache is None:
+        if config.kv_mode != "update" or cache is None or not self.rows.numel():
             return
         for recursion in recursions:
             first = config.own_layers // 2 + recursion * config.base_depth
