@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.models._recursion_cache import RecursionCache
+from zoo.ops.attend_rows import attend_rows
 
 if TYPE_CHECKING:
     from zoo.models.mixture_of_recursions import MixtureOfRecursionsConfig
-
-_LOOP_FROM = 1 << 14  # cached numbers of a row from which decoding looks at rows one by one, rather than copy them
 
 
 class Rope(nn.Module):
@@ -84,59 +83,6 @@ class Chunk:
             now = torch.ones_like(slots) if self.real is None else self.real.long()
             positions = (seen + now.cumsum(1) - 1).clamp(min=0)
         self.cos, self.sin = (each[:, :, None] for each in rope(positions, like.dtype))
-
-
-class Reach:
-    """How far one new token in each of some rows looks back: the same in all layers of a cache's group.
-
-    Args:
-        rows: ``[N]``, each at most once.
-        counts: ``[B]``, how many tokens each row of the cache holds.
-    """
-
-    def __init__(self, rows: Tensor, counts: Tensor) -> None:
-        self.rows = rows
-        self._of_each = counts[rows]
-        self.lengths: list[int] = self._of_each.tolist()
-        self.longest = max(self.lengths, default=0)
-        alike = len(rows) == len(counts) and min(self.lengths, default=0) == self.longest
-        self.everything = alike and bool((rows[1:] > rows[:-1]).all())  # every row, in order, and equally far
-        self.numbers: list[int] = rows.tolist()
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """``[N, 1, 1, longest]`` bool."""
-        columns = torch.arange(self.longest, device=self.rows.device)
-        return (columns < self._of_each[:, None])[:, None, None]
-
-
-def attend_rows(q: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> Tensor:
-    """Attention of one new token in each of some rows to all that their rows hold.
-
-    Args:
-        q: ``[N, H, K]``.
-        keys, values: ``[B, Hkv, capacity, K]``.
-        reach: Of each.
-
-    Returns:
-        ``[N, H, K]``.
-    """
-    # The query heads of a key head are as many queries, so that no key has to be repeated for them.
-    q = q.unflatten(1, (keys.shape[1], -1))
-    longest = reach.longest
-    if reach.everything:
-        out = F.scaled_dot_product_attention(q, keys[:, :, :longest], values[:, :, :longest])
-    elif keys.shape[1] * keys.shape[3] * longest >= _LOOP_FROM and q.device.type == "cpu":
-        out = torch.cat(
-            [
-                F.scaled_dot_product_attention(q[i : i + 1], keys[row : row + 1, :, :n], values[row : row + 1, :, :n])
-                for i, (row, n) in enumerate(zip(reach.numbers, reach.lengths, strict=True))
-            ]
-        )
-    else:
-        rows = reach.rows
-        out = F.scaled_dot_product_attention(q, keys[rows, :, :longest], values[rows, :, :longest], reach.mask)
-    return out.flatten(1, 2)
 
 
 class Tokens:
@@ -259,7 +205,7 @@ class Tokens:
             assert keys is not None
             assert values is not None
             if self.chunk.length == 1 and self.chunk.starts is None:
-                return attend_rows(q.flatten(0, -3), keys, values, self._reach).view_as(q)
+                return attend_rows(q.flatten(0, -3), keys, values, self.rows, self._reach).view_as(q)
         if cache is not None and self._looks_back:
             length = cache.longest(self.group)
             keys, values = keys[:, :, :length], values[:, :, :length]  # type: ignore[index]
@@ -276,11 +222,12 @@ class Tokens:
         return out if self.flat is None else out[self.rows, self.ranks]
 
     @cached_property
-    def _reach(self) -> Reach:
+    def _reach(self) -> Tensor:
+        """``[N]``, how many tokens the row of each holds: these themselves are counted by now."""
         assert self.chunk.cache is not None
-        counts = self.chunk.cache.counts[self.group]  # these tokens themselves are counted by now
+        counts = self.chunk.cache.counts[self.group]
         assert counts is not None
-        return Reach(self.rows, counts)
+        return counts[self.rows]
 
     def _padded(self, x: Tensor) -> Tensor:
         """``[B, width, ...]``, with zeros where a row has fewer."""

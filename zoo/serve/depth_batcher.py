@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, ShapeError
 from zoo.models._recursion_cache import RecursionCache
-from zoo.models._recursion_tokens import Reach, attend_rows
 from zoo.models.mixture_of_recursions import Block, MixtureOfRecursions
+from zoo.ops.attend_rows import attend_rows
 
 
 @dataclass
@@ -66,7 +66,8 @@ class _Pass:
             every = torch.tensor(depths)
             found = sorted(set(depths))
             self.at = {depth: (every == depth).nonzero()[:, 0] if len(found) > 1 else None for depth in found}
-        self.placed: dict[tuple[int, int], tuple[Tensor, Reach]] = {}  # by depth and group
+        # By depth and group: rows of the cache, columns in it, and how many tokens the rows hold then.
+        self.placed: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotary position embedding of ``[N, H, K]``."""
@@ -109,14 +110,14 @@ class _Pass:
                 columns = cache.place(group, rows, columns, len(self.batcher.columns))
             counts = cache.counts[group]
             assert counts is not None
-            self.placed[depth, group] = columns, Reach(rows, counts)
-        columns, reach = self.placed[depth, group]
+            self.placed[depth, group] = rows, columns, counts[rows]
+        rows, columns, held = self.placed[depth, group]
         for each in write:
-            cache.put(each, reach.rows, columns, k, v)
+            cache.put(each, rows, columns, k, v)
         keys, values = cache.keys[store], cache.values[store]
         assert keys is not None
         assert values is not None
-        return attend_rows(q, keys, values, reach)
+        return attend_rows(q, keys, values, rows, held)
 
 
 class _PackedLinear(nn.Module):
