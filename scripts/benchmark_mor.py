@@ -2,9 +2,9 @@
 
     python scripts/benchmark_mor.py
 
-Shapes of 360M with random weights; the routers' thresholds are calibrated on what the model writes, so that tokens
-take the recursions that the recipe's capacities say. float32. Everything is measured in turns; tokens a second count
-what was written. The cache's bytes are those of the stores, beside the formula.
+Shapes of 360M with random weights; the routers' thresholds are calibrated on what the model writes, and for prefill on
+what it reads, so that tokens take the recursions that the recipe's capacities say. float32. Everything is measured in
+turns; tokens a second count what was written. The cache's bytes are those of the stores, beside the formula.
 """
 
 import argparse
@@ -47,6 +47,8 @@ def main() -> None:
     )
     if options.steps:
         decode(options, prompts, {"vanilla": vanilla, "recursive": recursive, "mor": ours})
+    if options.prefill:
+        ours.calibrate(text[:8])  # on text like that which is read: its tokens are drawn at random
     for length in options.prefill:
         rounds = options.rounds if length <= 512 else 1
         prefill(rounds, length, {"vanilla": vanilla, "recursive": recursive, "mor": ours}, config)
