@@ -1,18 +1,24 @@
 """``zoo.optimize`` against what its users would do otherwise, on this machine, side by side.
 
-    python scripts/benchmark_optimize.py [MODEL ...] [--batch 1 32] [--threads 2] [--precision fp32] [--pictures FILE]
+    python scripts/benchmark_optimize.py [MODEL ...] [--batch 1] [--threads 2] [--pictures FILE --lower bf16,int8]
 
-The rivals, each on the same random weights: timm's eager model (zoo's own before ``fuse()`` where timm has none), its
-``torch.compile``, a plain ONNX export of it in onnxruntime, and the same file in OpenVINO. All take turns in one
-process; figures are medians of the rounds with quartiles, and ratios are medians of the rounds' ratios, above 1 where
-zoo.optimize is faster. ``--precision int8`` needs ``--pictures``, the parquet file of the ImageNet sample; the
-agreement that it prints is with the float model on those pictures, and of random weights: it says how far the
-arithmetic is from fp32, and nothing about accuracy.
+The rivals, each on the same random weights: timm's eager model, its ``torch.compile``, a plain ONNX export of it in
+onnxruntime, and the same file in OpenVINO. EfficientMod is none of timm's: there it is the authors' model, from
+``--efficientmod models/EfficientMod.py`` of github.com/ma-xu/EfficientMod, or else zoo's own before ``fuse()``.
+zoo.optimize runs once in fp32, and once more with the precisions of ``--lower`` allowed. All take turns in one process;
+figures are medians of the rounds, and ratios are medians of the rounds' ratios with their quartiles, above 1 where
+zoo.optimize is faster.
+
+``--pictures`` is the parquet file of the ImageNet sample: int8 is calibrated on 128 of them, and the share of all of
+them is printed of which the likeliest class is that of the float model. Of random weights, that says how far the
+arithmetic is from fp32, and nothing about accuracy: ``scripts/optimize_accuracy.py`` has a figure for that.
 """
 
 import argparse
+import importlib.util
 import io
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,20 +33,28 @@ import zoo
 from zoo.analysis.benchmark import compare, machine, measure
 from zoo.data.image import EvalTransform, Normalise
 from zoo.preprocessing import Preprocessing
+from zoo.pretrained.convert import to_authors
 
 MODELS = ("efficientvit_m5", "efficientformer_l1", "lowformer_b1", "efficientmod_s", "tinynet_a")
 
 
-def fill(model: nn.Module) -> nn.Module:
-    """Weights under which every layer counts: fresh ones have residual branches of zero."""
+@torch.no_grad()
+def fill(model: nn.Module, x: Tensor) -> nn.Module:
+    """Random weights under which every layer counts: fresh ones have residual branches of zero.
+
+    Batch norms take their statistics from ``x``, or activations would vanish or explode with the depth.
+    """
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("running_var") or (name.endswith("weight") and tensor.ndim == 1):
-                tensor.copy_(0.5 + 0.5 * torch.rand(tensor.shape, generator=generator))
-            elif tensor.is_floating_point() and tensor.ndim > 1:
-                std = tensor[0].numel() ** -0.5
-                tensor.copy_(std * torch.randn(tensor.shape, generator=generator))
+    for name, tensor in model.state_dict().items():
+        if name.endswith("weight") and tensor.ndim == 1:
+            tensor.copy_(0.5 + 0.5 * torch.rand(tensor.shape, generator=generator))
+        elif tensor.is_floating_point() and tensor.ndim > 1:
+            tensor.copy_(tensor[0].numel() ** -0.5 * torch.randn(tensor.shape, generator=generator))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all calls: over this one
+    model.train()(x)
     return model.eval()
 
 
@@ -55,16 +69,30 @@ def read(file: Path, size: tuple[int, int], count: int) -> Tensor:
     return Normalise(preprocessing)(torch.stack(images))
 
 
-def rivals(name: str, model: nn.Module, x: Tensor, threads: int, compiled: bool) -> dict[str, Callable[[], Any]]:
+def plain_model(name: str, model: nn.Module, efficientmod: Path | None) -> tuple[str, nn.Module]:
+    """Whose model a user would start from, and that model."""
+    if timm.is_model(name):
+        plain = timm.create_model(name)
+        plain.load_state_dict(model.state_dict(), strict=False)
+        return "timm's", plain.eval()
+    if name.startswith("efficientmod") and efficientmod is not None:
+        spec = importlib.util.spec_from_file_location("authors_efficientmod", efficientmod)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where timm's register_model looks for it
+        spec.loader.exec_module(module)
+        plain = getattr(module, name.replace("efficientmod", "efficientMod").replace("_conv", "_Conv"))()
+        plain.load_state_dict(to_authors(model.state_dict(), name))
+        return "the authors'", plain.eval()
+    return "zoo's, not fused,", model
+
+
+def rivals(kind: str, plain: nn.Module, x: Tensor, threads: int, compiled: bool) -> dict[str, Callable[[], Any]]:
     """What a user would run without zoo.optimize."""
     import onnxruntime
     import openvino
 
-    plain: nn.Module = model
-    if timm.is_model(name):
-        plain = timm.create_model(name).eval()
-        plain.load_state_dict(model.state_dict(), strict=False)
-    kind = "timm" if timm.is_model(name) else "zoo, not fused"
     found: dict[str, Callable[[], Any]] = {f"{kind} eager": lambda: plain(x)}
     if compiled:
         quick = torch.compile(plain)
@@ -90,13 +118,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--tolerance", type=float, default=1e-2)
-    parser.add_argument("--engines", help="of zoo.optimize, with commas")
+    parser.add_argument("--lower", default="", help="precisions besides fp32, with commas")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="of what --lower asks for")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the rival out")
-    parser.add_argument("--time-limit", type=float, default=60.0)
     parser.add_argument("--pictures", type=Path, help="parquet file with pictures, to calibrate with and to compare on")
     parser.add_argument("--count", type=int, default=1000, help="pictures to compare on")
+    parser.add_argument("--efficientmod", type=Path, help="the authors' models/EfficientMod.py")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -107,47 +134,51 @@ def main() -> None:
     print("|---|---:|---|---:|---|---:|---:|---:|---:|")
     for name in options.models:
         torch.manual_seed(0)
-        model = fill(zoo.create_model(name))
         size = zoo.get_config(name).input_hw
         pictures = read(options.pictures, size, options.count) if options.pictures else None
+        model = fill(zoo.create_model(name), torch.randn(8, 3, *size) if pictures is None else pictures[::125][:8])
+        kind, plain = plain_model(name, model, options.efficientmod)
         for batch in options.batch:
             x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
             with torch.inference_mode():
-                calls = rivals(name, model, x, options.threads, not options.no_compile)
-            fast = zoo.optimize(
-                model,
-                x,
-                precision=options.precision.split(","),
-                tolerance=options.tolerance,
-                pictures=None if pictures is None else pictures[:128],
-                engines=options.engines.split(",") if options.engines else None,
-                threads=options.threads,
-                time_limit=options.time_limit,
-            )
+                calls = rivals(kind, plain, x, options.threads, not options.no_compile)
+            searches = [zoo.optimize(model, x, precision="fp32", threads=options.threads)]
+            if options.lower:
+                searches.append(
+                    zoo.optimize(
+                        model,
+                        x,
+                        precision=options.lower.split(","),
+                        tolerance=options.tolerance,
+                        pictures=None if pictures is None else pictures[:128],
+                        threads=options.threads,
+                    )
+                )
+            ours = {f"zoo.optimize {i}": (lambda fast=fast, x=x: fast(x)) for i, fast in enumerate(searches)}
             with torch.inference_mode():
-                timings = measure(
-                    {"zoo.optimize": lambda fast=fast, x=x: fast(x), **calls},
-                    threads=options.threads,
-                    rounds=options.rounds,
-                )
-            ours, chosen = timings["zoo.optimize"], fast.report.chosen
-            same = "-" if pictures is None else f"{100 * agreement(model, fast, pictures, batch):.1f} %"
-            for kind in calls:
-                theirs = timings[kind]
-                print(
-                    f"| `{name}` | {batch} | {chosen.engine} {chosen.precision} | {1e3 * ours.median:.1f} | {kind} "
-                    f"| {1e3 * theirs.median:.1f} | {compare(ours, theirs)} | {fast.report.facts['search_s']:.0f} "
-                    f"| {same} |",
-                    flush=True,
-                )
+                timings = measure({**ours, **calls}, threads=options.threads, rounds=options.rounds)
+            for key, fast in zip(ours, searches, strict=True):
+                print(f"\n{fast.report}\n", file=sys.stderr)
+                chosen, seconds = fast.report.chosen, fast.report.facts["search_s"]
+                exact = pictures is None or chosen.precision == "fp32"
+                same = "-" if exact else f"{100 * agreement(model, fast, pictures, batch):.1f} %"
+                for rival in calls:
+                    print(
+                        f"| `{name}` | {batch} | {chosen.engine} {chosen.precision} | {1e3 * timings[key].median:.1f} "
+                        f"| {rival} | {1e3 * timings[rival].median:.1f} | {compare(timings[key], timings[rival])} "
+                        f"| {seconds:.0f} | {same} |",
+                        flush=True,
+                    )
     print(f"\nLoad average after: {os.getloadavg()[0]:.2f}")
 
 
 @torch.inference_mode()
 def agreement(model: nn.Module, fast: Any, pictures: Tensor, batch: int) -> float:
     """The share of pictures whose likeliest class is the same."""
-    same = [model(x).argmax(1) == fast(x).argmax(1) for x in pictures.split(batch) if len(x) == batch]
-    return float(torch.cat(same).float().mean())
+    whole = len(pictures) // batch * batch
+    expected = torch.cat([model(x).argmax(1) for x in pictures[:whole].split(50)])
+    same = expected == torch.cat([fast(x).argmax(1) for x in pictures[:whole].split(batch)])
+    return float(same.float().mean())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """zoo bench: which batches it measures, what its records say and where they go."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import zoo
 from zoo.analysis import bench as module
@@ -14,6 +16,8 @@ from zoo.analysis.bench import Conditions, bench, resolve, saturating_batch
 from zoo.analysis.benchmark import measure
 from zoo.analysis.records import as_csv, key, local_records, read_records, save_records
 from zoo.cli import main
+from zoo.deploy.engines import Job
+from zoo.deploy.single import run_in_engine
 
 QUICK = Conditions(threads=1, clock="cpu", rounds=2)
 
@@ -47,6 +51,23 @@ def test_records_of_a_config_and_a_name(small: zoo.ModelConfig, tmp_path: Path) 
     assert len({record.session for record in records}) == 1
     assert records[3].command == ("zoo bench efficientvit_m0 --batch 2 --device cpu --threads 1 --clock cpu --rounds 2")
     assert read_records(tmp_path / "records.jsonl") == records
+
+
+def test_engines_of_zoo_optimize_are_backends(small: zoo.ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+
+    def run(model: torch.nn.Module, example: tuple, job: Job) -> Callable:
+        made = run_in_engine(model, example, job)
+        with torch.no_grad():
+            answers.append((made(*example)[0], model(*example)))
+        return made
+
+    monkeypatch.setattr(module, "run_in_engine", run)
+    conditions = dataclasses.replace(QUICK, backend="openvino")
+    (record,) = bench(small.override(img_size=32), conditions=conditions, save=False)
+    assert (record.backend, record.memory_format, record.batch) == ("openvino, fused", "the engine's own", 1)
+    assert "--backend openvino" in record.command
+    torch.testing.assert_close(*answers[0], atol=1e-5, rtol=1e-4)
 
 
 def test_the_saturating_batch_is_the_smallest_that_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +146,9 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["efficientvit_m0", "--batch", "0"], "expected at least 1"),
         (["efficientvit_m0", "--precision", "fp23"], "precision is 'fp23'"),
         (["efficientvit_m0", "--device", "tpu9"], "cannot be used here"),
+        (["efficientvit_m0", "--backend", "openvin"], "Did you mean: openvino"),
+        (["efficientvit_m0", "--backend", "onnxruntime", "--precision", "bf16"], "onnxruntime has no bf16 kernels"),
+        (["matmulfree_2m", "--backend", "openvino", "--six-metrics"], "expected eager or compile"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,17 @@ def test_every_limit_counts(limits: dict[str, Any], answer: str) -> None:
     assert best.model == answer
 
 
+def test_only_figures_of_so_many_threads(store: Path) -> None:
+    save_records([record("efficientformer_l1", 9.0, threads=2)], store)
+    latencies = {(option.model, option.latency_ms) for option in gather(threads=2)}
+    assert latencies == {("efficientformer_l1", 9.0)}
+    best = pick(latency_ms=13, threads=1, shortlist=False).best
+    assert best is not None
+    assert (best.model, best.threads) == ("efficientvit_m5", 1)
+    with pytest.raises(zoo.DataError, match="this machine's cpu, threads 3: run"):
+        pick(latency_ms=13, threads=3, shortlist=False)
+
+
 def test_why_not_says_what_was_exceeded_by_how_much() -> None:
     choice = pick(latency_ms=13, shortlist=False)
     assert choice.why_not("efficientformer_l1") == ("efficientformer_l1: latency is 20 ms, 1.54 times the 13 allowed.")
@@ -167,6 +178,7 @@ def test_nothing_measured_says_what_to_run(store: Path) -> None:
         ({"latency": 3}, "no limit 'latency'; expected latency_ms"),
         ({"latency_ms": -1}, "latency_ms is -1; expected a number above 0"),
         ({"size_mb": float("nan")}, "size_mb is nan"),
+        ({"threads": 0}, "threads is 0; expected at least 1"),
     ],
 )
 def test_bad_limits(limits: dict[str, Any], message: str) -> None:

@@ -95,6 +95,13 @@ def test_the_model_stays_as_it_is(fast: Any, model: nn.Module) -> None:
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+def test_inductor_is_left_out_of_a_short_search(model: nn.Module, pictures: Tensor, monkeypatch: Any) -> None:
+    monkeypatch.setattr("zoo.deploy.engines._ENGINES", {"inductor": "zoo.deploy.engines:Inductor"})
+    rows = search(model, pictures[:1], time_limit=60.0).report.rows
+    (row,) = [row for row in rows if row.engine == "inductor" and row.precision == "fp32"]
+    assert (row.status, row.note[:21]) == ("skipped", "compiles for minutes:")
+
+
 def test_other_inputs_are_refused(fast: Any, pictures: Tensor) -> None:
     with pytest.raises(ShapeError, match=r"\[2, 3, 64, 64\] float32; this was optimised for \[1, 3, 64, 64\] float32"):
         fast(pictures[:2])

@@ -16,11 +16,13 @@ import zoo
 from zoo.analysis.benchmark import Passport, measure, passport, torch_threads, weight_bytes, working_memory
 from zoo.analysis.records import local_records, save_records
 from zoo.config import ImageConfig, ModelConfig, TextConfig
+from zoo.deploy.engines import Job, engine_names
+from zoo.deploy.single import check_engine, run_in_engine
 from zoo.errors import ConfigError, nearest
 from zoo.factory import check_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BACKENDS = ("eager", "compile")
+BACKENDS = ("eager", "compile")  # torch's own; the engines of zoo.deploy come after them
 GROUP = 6  # models that take turns: more would have to be in memory at once
 SATURATED = 1.05  # a batch saturates if twice the batch gives less than 5 % more throughput
 SLOW = 2.0  # seconds of one call from which on no larger batch is tried
@@ -42,12 +44,24 @@ class Conditions:
     def check(self) -> None:
         """Raise ConfigError for a condition that cannot be met here."""
         check_device(self.device)
-        for name, choices in (("precision", PRECISIONS), ("backend", BACKENDS)):
+        for name, choices in (("precision", PRECISIONS), ("backend", backends())):
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; expected {', '.join(choices)}.{nearest(value, choices)}")
         if self.tokens < 1:
             raise ConfigError(f"tokens is {self.tokens}; expected at least 1.")
+        if self.in_engine:
+            check_engine(self.job())
+
+    @property
+    def in_engine(self) -> bool:
+        """Whether another runtime than torch's own runs the model."""
+        return self.backend not in BACKENDS
+
+    def job(self, batch: int = 1) -> Job:
+        """What an engine is to do."""
+        threads = self.threads or torch.get_num_threads()
+        return Job(engine=self.backend, precision=self.precision, target=self.device, threads=threads, batch=batch)
 
     @property
     def options(self) -> str:
@@ -59,6 +73,11 @@ class Conditions:
                 continue
             words += ["--no-fuse"] if spec.name == "fuse" else [f"--{spec.name}", str(value)]
         return shlex.join(words)
+
+
+def backends() -> list[str]:
+    """All that can run a model here or elsewhere: eager, compile, and the engines of ``zoo optimize``."""
+    return [*BACKENDS, *engine_names()]
 
 
 def example_input(config: ModelConfig, batch: int, *, tokens: int = 128) -> Tensor:
@@ -80,6 +99,8 @@ def as_measured(model: Any, conditions: Conditions) -> Any:
     model = model.eval()
     if conditions.fuse and hasattr(model, "fuse"):
         model = model.fuse()
+    if conditions.in_engine:
+        return model  # the engine has its own device and precision
     model = model.to(conditions.device, PRECISIONS[conditions.precision])
     return torch.compile(model) if conditions.backend == "compile" else model
 
@@ -193,7 +214,7 @@ def _bench_group(
                 device=conditions.device,
                 backend=conditions.backend if not conditions.fuse else f"{conditions.backend}, fused",
                 precision=conditions.precision,
-                memory_format="as fuse() chooses" if conditions.fuse else "contiguous",
+                memory_format=_memory_format(conditions),
                 threads=conditions.threads,
                 clock=conditions.clock,
                 working_memory=memory[name, batch],
@@ -204,8 +225,18 @@ def _bench_group(
     return records
 
 
+def _memory_format(conditions: Conditions) -> str:
+    if conditions.in_engine:
+        return "the engine's own"
+    return "as fuse() chooses" if conditions.fuse else "contiguous"
+
+
 def _prepare(model: Any, config: ModelConfig, conditions: Conditions, batch: int) -> Callable[[], object]:
-    x = example_input(config, batch, tokens=conditions.tokens).to(conditions.device)
+    x = example_input(config, batch, tokens=conditions.tokens)
+    if conditions.in_engine:
+        run = run_in_engine(model, (x,), conditions.job(batch))
+        return partial(run, x)
+    x = x.to(conditions.device)
     if x.is_floating_point():
         x = x.to(PRECISIONS[conditions.precision])
 

@@ -89,6 +89,8 @@ def six_metrics(
     """
     conditions = conditions or Conditions()
     conditions.check()
+    if conditions.in_engine:
+        raise ConfigError(f"backend is {conditions.backend!r}; expected eager or compile: the six metrics write text.")
     if batch < 1 or new_tokens < 1:
         raise ConfigError(f"batch is {batch} and new_tokens {new_tokens}; expected at least 1.")
     config = zoo.get_config(model) if isinstance(model, str) else model

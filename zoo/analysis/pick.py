@@ -69,6 +69,7 @@ class Budget:
     licence: str = ""  # SPDX identifiers with commas between them
     runtime: str = ""
     precision: str = ""
+    threads: int | None = None  # those that it was measured with
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -76,6 +77,8 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"{name} is {value}; expected a number above 0.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; expected at least 1.")
 
     def objections(self, option: Option) -> list[str]:
         """Why an option is not within the budget; empty if it is."""
@@ -150,7 +153,9 @@ def compared(best: Option, other: Option) -> str:
     return " at ".join(words)
 
 
-def gather(device: str = "cpu", *, others: bool = False, runtime: str = "", precision: str = "") -> list[Option]:
+def gather(
+    device: str = "cpu", *, others: bool = False, runtime: str = "", precision: str = "", threads: int | None = None
+) -> list[Option]:
     """All options on a device: one for each model and target that has records.
 
     Args:
@@ -158,6 +163,7 @@ def gather(device: str = "cpu", *, others: bool = False, runtime: str = "", prec
         others: Whether to take records of other machines too.
         runtime: Only this one, such as ``"eager, fused"``.
         precision: Only this one.
+        threads: Only what was measured with so many.
     """
     shipped = [record for path in shipped_records() for record in read_records(path)]
     records = [replace(record, measured_by=AUTHORS) for record in shipped]  # a machine like theirs is not theirs
@@ -170,6 +176,17 @@ def gather(device: str = "cpu", *, others: bool = False, runtime: str = "", prec
         and (others or _is_here(record))
         and runtime in ("", record.backend)
         and precision in ("", record.precision)
+        and threads in (None, record.threads)
+    )
+
+
+def _gather(budget: Budget, others: bool) -> list[Option]:
+    return gather(
+        budget.device,
+        others=others,
+        runtime=budget.runtime,
+        precision=budget.precision,
+        threads=budget.threads,
     )
 
 
@@ -285,15 +302,15 @@ def pick(
                 raise ConfigError(f"There is no limit {name!r}; expected {', '.join(names)}.{nearest(name, names)}")
         budget = Budget(**limits)
     budget = budget or Budget()
-    found = gather(budget.device, others=others, runtime=budget.runtime, precision=budget.precision)
+    found = _gather(budget, others)
     measured = _measure_shortlist(budget, found) if shortlist and not others else ()
     if measured:
-        found = gather(budget.device, others=others, runtime=budget.runtime, precision=budget.precision)
+        found = _gather(budget, others)
     if not found:
         raise DataError(_nothing_measured(budget, others))
     fitting = [option for option in found if not budget.objections(option)]
     limited = [name for name in Budget.__dataclass_fields__ if getattr(budget, name) not in (None, "")]
-    costs_limited = set(limited) - {"top1", "licence", "runtime", "precision", "device"}
+    costs_limited = set(limited) - {"top1", "licence", "runtime", "precision", "threads", "device"}
     if budget.top1 is not None and not costs_limited:
         ranked = sorted(fitting, key=lambda option: (option.latency_ms, -(option.top1 or 0.0)))
     else:
@@ -314,9 +331,10 @@ def pick(
 
 
 def _nothing_measured(budget: Budget, others: bool) -> str:
-    asked = "".join(f", {name} {getattr(budget, name)!r}" for name in ("runtime", "precision") if getattr(budget, name))
+    named = {name: getattr(budget, name) for name in ("runtime", "precision", "threads")}
+    asked = "".join(f", {name} {value!r}" for name, value in named.items() if value)
     message = f"Nothing is measured on this machine's {budget.device}{asked}"
-    elsewhere = len(gather(budget.device, others=True, runtime=budget.runtime, precision=budget.precision))
+    elsewhere = len(_gather(budget, True))
     hint = f"; --others takes the {elsewhere} models measured on other machines" if elsewhere and not others else ""
     return f"{message}: run `zoo calibrate`, or `zoo bench 'efficient*' --device {budget.device}`, first{hint}."
 
@@ -330,6 +348,8 @@ def _measure_shortlist(budget: Budget, known: Sequence[Option]) -> Sequence[str]
         return ()
     calibration = find_calibration()
     if calibration is None or budget.precision not in ("", calibration.precision):
+        return ()
+    if budget.threads not in (None, calibration.threads):
         return ()
     measured = {option.model for option in known}
     accurate = [(published(name), name) for name in zoo.list_models(task="image-classification")]

@@ -28,7 +28,7 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batches besides 1 and the saturating one: 8,32.")] = "1",
     threads: Annotated[int | None, typer.Option(help="Of torch on the CPU; all cores by default.", min=1)] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    backend: Annotated[str, typer.Option(help="eager or compile.")] = "eager",
+    backend: Annotated[str, typer.Option(help="eager, compile, onnxruntime, openvino or inductor.")] = "eager",
     fuse: Annotated[bool, typer.Option(help="Fuse the models, as for inference.")] = True,
     clock: Annotated[str, typer.Option(help="wall, or cpu: the process's time on all cores.")] = "wall",
     rounds: Annotated[int, typer.Option(help="Turns of each model.", min=1)] = 9,

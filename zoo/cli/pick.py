@@ -20,6 +20,7 @@ def pick(
     licence: Annotated[str, typer.Option(help="Of the weights: mit,apache-2.0")] = "",
     runtime: Annotated[str, typer.Option(help="Only this one: 'eager, fused', openvino, ...")] = "",
     precision: Annotated[str, typer.Option(help="Only this one: fp32, bf16, ...")] = "",
+    threads: Annotated[int | None, typer.Option(help="Only what was measured with so many.", min=1)] = None,
     why_not: Annotated[list[str] | None, typer.Option(help="Say why a model is not the answer.")] = None,
     others: Annotated[bool, typer.Option(help="Take records of other machines too, and say whose they are.")] = False,
     shortlist: Annotated[bool, typer.Option(help="Measure models whose predicted latency fits.")] = True,
@@ -46,6 +47,7 @@ def pick(
         licence=licence,
         runtime=runtime,
         precision=precision,
+        threads=threads,
         device=device,
     )
     choice = choose(budget, others=others, shortlist=shortlist)

@@ -43,6 +43,7 @@ class Engine:
     package = ""  # that must be installed
     source = "onnx"  # or "program"
     native = False  # whether what is built is machine code
+    patience = 0.0  # seconds that a search must have before it is tried unasked
 
     def unavailable(self, target: str) -> str:
         """Why it cannot be used here; empty when it can."""
@@ -154,10 +155,13 @@ class OpenVino(Engine):
             return ""
         if precision == "int8":
             return "" if util.find_spec("nncf") else "nncf is not installed"
+        return "" if self._computes_in(precision) else f"this CPU does not compute in {precision}"
+
+    @staticmethod
+    def _computes_in(precision: str) -> bool:
         import openvino
 
-        capable = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return "" if precision.upper() in capable else f"this CPU does not compute in {precision}"
+        return precision.upper() in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
     def build(self, source: Path, folder: Path, job: Job) -> None:
         import openvino
@@ -170,7 +174,9 @@ class OpenVino(Engine):
             pictures = np.load(source.parent / CALIBRATION, allow_pickle=False)
             whole = len(pictures) // job.batch * job.batch
             batches = list(pictures[:whole].reshape(-1, job.batch, *pictures.shape[1:]))
-            model = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+            # Activations of their own zero point: OpenVINO fuses what follows a convolution into it only then.
+            preset = nncf.QuantizationPreset.MIXED
+            model = nncf.quantize(model, nncf.Dataset(batches), preset=preset, subset_size=len(batches))
         openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
     def load(self, folder: Path, job: Job) -> Run:
@@ -178,6 +184,8 @@ class OpenVino(Engine):
         import torch
 
         hint = {"bf16": "bf16", "fp16": "f16"}.get(job.precision, "f32")
+        if job.precision == "int8" and self._computes_in("bf16"):
+            hint = "bf16"  # what is not quantised
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": job.threads,
@@ -201,6 +209,7 @@ class Inductor(Engine):
     package = "torch"
     source = "program"
     native = True
+    patience = 300.0  # compiling takes minutes
 
     def unavailable(self, target: str) -> str:
         from torch._inductor.cpp_builder import get_cpp_compiler

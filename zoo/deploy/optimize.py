@@ -21,8 +21,8 @@ from zoo.atomic import save_safetensors
 from zoo.config import ImageConfig
 from zoo.deploy import forms
 from zoo.deploy.artefact import TENSORS, describe, save_artefact, save_tensors
-from zoo.deploy.engines import BUILT_HERE, CALIBRATION, SOURCES, Job, Run, engine_names, get_engine, place_of
-from zoo.deploy.program import DTYPES, InDtype, capture, copy_for_inference, fused, tensors_of, to_onnx
+from zoo.deploy.engines import BUILT_HERE, CALIBRATION, SOURCES, Engine, Job, Run, engine_names, get_engine, place_of
+from zoo.deploy.program import DTYPES, InDtype, capture, copy_for_inference, fused, save_program, tensors_of
 from zoo.errors import ConfigError, ExportError, MissingExtraError, ShapeError, ZooError, nearest, reason
 from zoo.factory import check_device
 
@@ -30,6 +30,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 FP32_TOLERANCE = 1e-4  # relative: what reordering sums may change
 _CHECKED = 64  # pictures that every candidate answers before it counts
 _MEASURED_SHARE = 0.25  # of the time limit, kept for measuring
+_TURN = 0.1  # seconds in which a candidate is called again and again, at least once
 
 
 @dataclass(kw_only=True)
@@ -229,7 +230,8 @@ def optimize(
             Without, candidates are checked on noise, which says little about int8.
         engines: Names of engines and forms to try; all by default.
         threads: Of the CPU; torch's number by default.
-        time_limit: Seconds that building, checking and measuring may take together.
+        time_limit: Seconds that building, checking and measuring may take together. Inductor, which compiles for
+            minutes, is tried from 300 on, or when ``engines`` names it.
         rounds: Of the measurement.
 
     Raises:
@@ -256,6 +258,8 @@ def optimize(
     held = tempfile.TemporaryDirectory(prefix="zoo-optimize-")
     search = _Search(
         named=names is not None or precision != "auto",
+        engines_named=names is not None,
+        time_limit=time_limit,
         model=original,
         folder=Path(held.name),
         target=target,
@@ -271,14 +275,15 @@ def optimize(
         search.try_form("eager", "fp32")  # what the others are compared with
         candidates = search.candidates
     calls = {key: _call(candidate.run, inputs) for key, candidate in candidates.items()}
-    per_candidate = max(0.3, (deadline - time.monotonic()) / max(1, len(calls)))
+    once = sum(max(_seconds(call), _TURN) for call in calls.values())  # of one round; and the first part of a warm-up
+    left = max(0.0, deadline - time.monotonic())
     timings = measure(
         calls,
         device=target,
         threads=threads,
-        rounds=rounds,
-        turn_s=min(0.1, 0.6 * per_candidate / rounds),
-        warmup_s=min(1.0, 0.4 * per_candidate),
+        rounds=max(3, min(rounds, int(0.6 * left / once))),
+        turn_s=_TURN,
+        warmup_s=min(1.0, 0.4 * left / len(calls)),
     )
     for key, timing in timings.items():
         row, (low, high) = candidates[key].row, timing.quartiles
@@ -329,6 +334,8 @@ class _Search:
         self,
         *,
         named: bool,
+        engines_named: bool,
+        time_limit: float,
         model: nn.Module,
         folder: Path,
         target: str,
@@ -340,6 +347,8 @@ class _Search:
         pictures: Tensor | None,
     ) -> None:
         self.named = named  # whether the caller said what to try, and hears of all that could not be
+        self.engines_named = engines_named
+        self.time_limit = time_limit
         self.model = model
         self.folder = folder
         self.target = target
@@ -351,7 +360,7 @@ class _Search:
         self.pictures = pictures
         self.rows: list[Row] = []
         self.candidates: dict[str, _Candidate] = {}
-        self._missing: set[str] = set()
+        self._notable: set[str] = set()  # why something was skipped, worth saying unasked
         self._programs: dict[str, torch.export.ExportedProgram | ExportError] = {}
         self._sources: dict[tuple[str, str], Path | ZooError] = {}
 
@@ -361,14 +370,14 @@ class _Search:
         # The slowest to build goes first, into the background; the forms are tried while the others build.
         engines = sorted((name for name in engine_names() if names is None or name in names), key=_build_time)
         running = [worker for name in engines for precision in precisions if (worker := self._start(name, precision))]
-        for name in forms.form_names():
-            if names is None or name in names:
-                for precision in precisions:
+        for precision in precisions:  # fp32 first: the others are compared with it
+            for name in forms.form_names():
+                if names is None or name in names:
                     self.try_form(name, precision)
         for worker in running:
             worker.finish(self)
         if not self.named:
-            self.rows = [row for row in self.rows if row.status != "skipped" or row.note in self._missing]
+            self.rows = [row for row in self.rows if row.status != "skipped" or row.note in self._notable]
         return self.candidates
 
     def try_form(self, name: str, precision: str) -> None:
@@ -385,8 +394,13 @@ class _Search:
             def run(*inputs: Tensor) -> list[Tensor]:
                 return tensors_of(made(*inputs))
 
+            answers = []
             with torch.inference_mode():
-                answers = [run(*inputs) for inputs in self.checks]
+                for inputs in self.checks:
+                    if (name, precision) != ("eager", "fp32") and time.monotonic() > self.deadline:
+                        row.status, row.note = "failed", "was not checked before its time was over"
+                        return
+                    answers.append(run(*inputs))
         except Exception as error:
             row.status, row.note = "failed", reason(error)
             return
@@ -425,8 +439,8 @@ class _Search:
             engine = get_engine(name)
             row.note = engine.unavailable(self.target)
             if row.note and precision == "fp32":
-                self._missing.add(row.note)  # worth installing
-            row.note = row.note or engine.refuses(precision, self.target)
+                self._notable.add(row.note)
+            row.note = row.note or engine.refuses(precision, self.target) or self._too_slow(engine, precision)
             if not row.note and precision == "int8":
                 row.note = self._no_calibration()
             if not row.note and time.monotonic() > self.deadline:
@@ -442,6 +456,14 @@ class _Search:
             row.status, row.note = "failed", reason(error)
             return None
         return _Worker(row, self._job(name, precision), source, self)
+
+    def _too_slow(self, engine: Engine, precision: str) -> str:
+        if self.engines_named or self.time_limit >= engine.patience:
+            return ""
+        note = f"compiles for minutes: tried with a time limit of {engine.patience:g} s or more, or when it is named"
+        if precision == "fp32":
+            self._notable.add(note)
+        return note
 
     def _no_calibration(self) -> str:
         if self.pictures is None:
@@ -466,14 +488,9 @@ class _Search:
     def _write_source(self, kind: str, precision: str) -> Path:
         program = self._program(precision)
         path = self.folder / f"{precision}-{SOURCES[kind]}"
-        if kind == "program":
-            torch.export.save(program, path)
-        else:
-            names = ["input", *(f"input_{i}" for i in range(1, len(self.checks[0])))]
-            outputs = ["logits", *(f"output_{i}" for i in range(1, len(self.expected[0])))]
-            proto = to_onnx(program, input_names=names, output_names=outputs)
-            path.write_bytes(proto.SerializeToString())
-        return path
+        names = ["input", *(f"input_{i}" for i in range(1, len(self.checks[0])))]
+        outputs = ["logits", *(f"output_{i}" for i in range(1, len(self.expected[0])))]
+        return save_program(program, path, onnx=kind == "onnx", input_names=names, output_names=outputs)
 
     def _program(self, precision: str) -> torch.export.ExportedProgram:
         if precision not in self._programs:
@@ -600,6 +617,14 @@ def _call(run: Run, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
             run(*inputs)
 
     return call
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    """How long the second of two calls takes; the first may pack weights."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _precisions(precision: str | Sequence[str], pictures: bool) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,26 @@ def _why(error: Exception) -> str:
     if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__ or "GuardOnDataDependent" in text:
         return f"its control flow depends on the values of tensors ({reason(error)})"
     return reason(error)
+
+
+def save_program(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    *,
+    onnx: bool,
+    input_names: Sequence[str] = ("input",),
+    output_names: Sequence[str] = ("logits",),
+) -> Path:
+    """Write what an engine starts from: an ONNX model, or the program itself.
+
+    Raises:
+        ExportError: If it cannot be converted to ONNX.
+    """
+    if onnx:
+        path.write_bytes(to_onnx(program, input_names=input_names, output_names=output_names).SerializeToString())
+    else:
+        torch.export.save(program, path)
+    return path
 
 
 def to_onnx(

@@ -1,0 +1,76 @@
+"""What bf16 and int8 cost in accuracy: weights that come with zoo, on CIFAR-10's test pictures.
+
+    python scripts/optimize_accuracy.py CIFAR10_FOLDER [MODEL.TAG ...] [--precision bf16 int8] [--threads 2]
+
+``CIFAR10_FOLDER`` holds the parquet files ``train*`` and ``test*``. zoo.optimize chooses among the engines as always,
+with each precision allowed; int8 is calibrated on 256 pictures of the training split, and every test picture is looked
+at.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import torch
+from PIL import Image
+from torch import Tensor
+
+import zoo
+from zoo.data.image import EvalTransform, Normalise
+from zoo.deploy.source import Shipped, load_for_shipping
+
+BATCH = 50
+
+
+def read(folder: Path, split: str, shipped: Shipped, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pictures as the model takes them, and their classes."""
+    transform = EvalTransform(shipped.preprocessing)
+    rows = [row for file in sorted(folder.rglob(f"{split}*.parquet")) for row in parquet.read_table(file).to_pylist()]
+    assert rows, f"{folder} has no {split}*.parquet"
+    rows = rows[:count]
+    images = [transform(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows]
+    labels = torch.tensor([row["label"] for row in rows])
+    return Normalise(shipped.preprocessing)(torch.stack(images)), labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("models", nargs="*", default=["efficientvit_m0.zoo_cifar10", "tinynet_e.zoo_cifar10"])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    print("| weights | engine | relative error | same class as fp32 eager | top-1 on test |")
+    print("|---|---|---:|---:|---:|")
+    for name in options.models:
+        shipped = load_for_shipping(name)
+        images, labels = read(options.folder, "test", shipped)
+        calibration, _ = read(options.folder, "train", shipped, 256)
+        batches = images[: len(images) // BATCH * BATCH].split(BATCH)
+        classes = labels[: len(batches) * BATCH]
+        with torch.inference_mode():
+            expected = torch.cat([shipped.model(x).argmax(1) for x in batches])
+        print(f"| `{name}` | eager fp32 | - | - | {100 * (expected == classes).float().mean():.2f} % |", flush=True)
+        for precision in options.precision:
+            fast = zoo.optimize(
+                shipped.model,
+                batches[0],
+                precision=precision,
+                tolerance=0.5,
+                pictures=calibration,
+                engines=["onnxruntime", "openvino"],
+                threads=options.threads,
+            )
+            chosen = fast.report.chosen
+            found = torch.cat([fast(x).argmax(1) for x in batches])
+            same, right = (100 * (found == wanted).float().mean() for wanted in (expected, classes))
+            print(
+                f"| `{name}` | {chosen.engine} {chosen.precision} | {chosen.error:.1e} "
+                f"| {same:.2f} % | {right:.2f} % |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
