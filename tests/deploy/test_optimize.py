@@ -238,7 +238,28 @@ class Lies(Hostile):
 
 class Absent(Hostile):
     package = "no_such_package"
+
+class Honest(Hostile):
+    def build(self, source, folder, job): pass
+    def load(self, folder, job):
+        return lambda x: [x + x]
 """
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
+def test_a_default_search_reports_all_that_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile_engines.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("zoo.deploy.engines._ENGINES", {})
+    register_engine("Honest", "hostile_engines:Honest")
+    report = search(Doubles(), torch.ones(1, 4), precision="auto").report
+    measured = {(row.engine, row.precision) for row in report.rows if row.latency_ms is not None}
+    assert measured >= {("eager", "fp32"), ("Honest", "fp32")}, str(report)
+    assert report.chosen.latency_ms == min(row.latency_ms for row in report.rows if row.latency_ms is not None)
 
 
 def test_engines_that_fail_never_fail_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

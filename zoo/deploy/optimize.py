@@ -39,7 +39,7 @@ class Row:
 
     engine: str
     precision: str
-    status: str = "skipped"  # "chosen", "slower", "wrong", "failed", "skipped"
+    status: str = "skipped"  # "chosen", "slower", "wrong", "failed", "skipped"; "passed" until it is measured
     latency_ms: float | None = None  # median
     low_ms: float | None = None  # quartiles
     high_ms: float | None = None
@@ -430,6 +430,7 @@ class _Search:
         if not row.error <= limit:  # also when it is not a number
             row.status, row.note = "wrong", f"differs by more than {limit:g}"
             return False
+        row.status = "passed"
         return True
 
     def _start(self, name: str, precision: str) -> "_Worker | None":
