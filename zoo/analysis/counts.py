@@ -60,8 +60,9 @@ def count(config: ModelConfig | str, *, img_size: int | tuple[int, int] | None =
 def _count_token(config: TextConfig) -> Counts:
     """Costs of a token in a sequence of ``max_position_embeddings``, their sum divided by its length."""
     tokens = config.max_position_embeddings
+    lm: Any = family_of(config).model
     with shapes_only() as shapes:
-        trunk = family_of(config).model.trunk(config)  # without transformers, which takes a second to import
+        trunk = lm.trunk(config)  # without transformers, which takes a second to import
         head = trunk.make_head()
         trunk.eval()
         head(trunk(torch.empty(1, tokens, config.hidden_size)).hidden)

@@ -96,6 +96,11 @@ def shapes_only() -> Iterator[Shapes]:
             _active.reset(token)
 
 
+def forget() -> None:
+    """Forget all blocks, as a benchmark has to."""
+    _blocks.clear()
+
+
 def learnable(model: nn.Module) -> int:
     """Parameters of a model that was built by :func:`shapes_only`: those of a block as often as it stands there."""
     known: dict[nn.Module, int] = {}
@@ -140,7 +145,7 @@ def _block(key: Any, make: Callable[[], nn.Module]) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 # What operators return. A rule takes the mode and the operator's arguments; NotImplemented sends it to the meta device.
 
-_Attribute = type(Tensor.shape.__get__)
+_Attribute = type(Tensor.shape.__get__)  # type: ignore[attr-defined]
 
 
 def _empty(shape: Any, dtype: Any = None) -> Tensor:
