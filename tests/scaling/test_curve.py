@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,8 @@ def test_table_and_picture(tmp_path: Path) -> None:
     assert "a title" in picture.read_text()
     with pytest.raises(zoo.ConfigError, match="at least one rule"):
         growth("efficientvit_m0", (), device=None)
+    of_a_language_model = growth("matmulfree_2m", factors=(1.0,), device=None)
+    assert [row["rule"] for row in of_a_language_model] == ["depth", "width", "dw", "language"]
 
 
 def test_time_is_measured(tmp_path: Path) -> None:
@@ -61,6 +64,26 @@ def test_compare(capsys: pytest.CaptureFixture) -> None:
     assert "widths = [" in text
 
 
-def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture) -> None:
-    assert run("scale", "efficientvit_m0", "--rule", "fsat", "--flops", "2") == 2
-    assert "Did you mean: fast?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments, code, line",
+    [
+        (("--rule", "fsat", "--flops", "2"), 2, "Did you mean: fast?"),
+        (("--flops", "0"), 2, "flops is 0.0; expected a positive number."),
+        (("--macs", "four"), 2, "macs is 'four'; expected a positive number, or a multiple such as '4x'."),
+        ((), 2, "Expected one target of factor, phi"),
+        (("--flops", "2", "--img-size", "250"), 2, "the nearest are 240 and 256."),
+        (("--flops", "2", "--out", "nowhere/config.json"), 2, "there is no folder nowhere."),
+        (("--curve", "file/folder"), 1, "Not a directory."),
+    ],
+)
+def test_command_says_what_is_wrong(
+    arguments: tuple[str, ...], code: int, line: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert run("scale", "efficientvit_m0", *arguments) == code
+    out, error = capsys.readouterr()
+    assert not out
+    assert line in error
+    assert error.startswith("zoo: ")
+    assert error.count("\n") == 1

@@ -13,7 +13,8 @@ from typing import Any
 from zoo.atomic import write_atomically
 from zoo.config import ModelConfig
 from zoo.errors import ConfigError, require
-from zoo.scaling import counts_of, fit
+from zoo.registry import get_config
+from zoo.scaling import counts_of, fit, rules_for
 from zoo.scaling.solver import measure_latency
 
 RULES = ("depth", "width", "resolution", "dwr", "fast")
@@ -24,7 +25,7 @@ CSV_FILE, PICTURE_FILE = "scaling.csv", "scaling.svg"
 
 def growth(
     model: str | ModelConfig,
-    rules: Sequence[str] = RULES,
+    rules: Sequence[str] | None = None,
     factors: Sequence[float] = FACTORS,
     *,
     device: str | None = "cpu",
@@ -34,7 +35,7 @@ def growth(
 
     Args:
         model: A variant's name, or a config.
-        rules: Names of rules that the family can follow.
+        rules: Names of rules that the family can follow; by default ``RULES``, of a language model all it can.
         factors: Of cost; 1 is the model itself.
         device: Where passes of one sample are timed, fused; None for none.
         report: Called with a line for each row, as it is done.
@@ -43,6 +44,9 @@ def growth(
         Rows with ``rule``, ``factor``, the rule's ``depth``, ``width`` and ``resolution``, counts, and ``latency_ms``,
         which is None where nothing was timed.
     """
+    if rules is None:
+        possible = rules_for(get_config(model) if isinstance(model, str) else model)
+        rules = RULES if set(RULES) <= set(possible) else possible
     if not rules or not factors:
         raise ConfigError("Nothing to compare; expected at least one rule and one factor.")
     rows: list[dict[str, Any]] = []

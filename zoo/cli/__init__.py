@@ -74,6 +74,8 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a :class:`ZooError` is one line on standard error, and its ``exit_code``.
 
+    So is a file or folder that cannot be read or written, with 1.
+
     Args:
         arguments: Those of the command line by default.
     """
@@ -83,3 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ZooError as error:
         print("zoo:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"zoo: {error.filename}: {error.strerror}.", file=sys.stderr)
+        sys.exit(1)

@@ -64,9 +64,12 @@ def scale(
     from zoo.scaling import fit, get_rule, rules_for
 
     base = zoo.get_config(model)
+    timed = target if time and isinstance(base, ImageConfig) else None
     if curve is not None:
-        _curve(model, curve, target if time else None)
+        _curve(model, curve, timed)
         return
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--out is {out}, and there is no folder {out.parent}.")
     named = {
         "flops": flops,
         "macs": _number(macs),
@@ -80,7 +83,6 @@ def scale(
     own = {"alpha": alpha, "beta": beta, "gamma": gamma, "epochs": epochs, "vocabulary": vocabulary}
     options: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     where: dict[str, Any] = {"target": target, "img_size": img_size}
-    timed = target if time and isinstance(base, ImageConfig) else None
     rows, refused = [], []
     chosen = fit(model, rule, **budget, **options, **where)
     rows.append(_row(chosen, timed))
@@ -126,6 +128,7 @@ def _curve(model: str, folder: Path, device: str | None) -> None:
     from zoo.analysis.scaling import growth, write
     from zoo.cli._output import console
 
+    folder.mkdir(parents=True, exist_ok=True)  # before all the work: what cannot be written is said at once
     rows = growth(model, device=device, report=lambda line: console().print(line))
     where = "" if device is None else f"; time on {device}, batch 1, {torch.get_num_threads()} threads"
     for path in write(rows, folder, title=f"{model} by each rule{where}"):
