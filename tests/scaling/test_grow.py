@@ -66,6 +66,18 @@ def test_what_is_new_is_named(randomise) -> None:
     assert state | set(model.growth.fresh) == set(model.state_dict())
 
 
+def test_language_models_grow(randomise) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    small = randomise(zoo.build(zoo.get_config("matmulfree_2m").override(**sizes)))
+    model = zoo.scale(small, "depth", factor=2.0, weights="grow")
+    new = model.model.layers
+    assert len(new) == 4
+    assert torch.equal(new[1].mlp.down_proj.weight, small.model.layers[1].mlp.down_proj.weight)
+    assert torch.equal(new[3].mlp.down_proj.weight, small.model.layers[1].mlp.down_proj.weight)
+    assert not model.growth.fresh
+    assert set(model.growth.stretched) == {"model.lower_bounds"}  # [L, D]: a row for each layer
+
+
 def test_bad_sources(small) -> None:
     with pytest.raises(zoo.ConfigError, match=r"config is of EfficientViT.*weights are of EfficientNet"):
         grow(small, zoo.get_config("efficientvit_m0"))

@@ -1,5 +1,9 @@
 """The published and executed tables: ../shared/reference/scaling.md and tinynet.md say where each figure is from."""
 
+import math
+import random
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -64,6 +68,43 @@ def test_fast_is_pycls_weights() -> None:
         named, weighted = (fit("efficientnet_b0", rule, factor=s) for rule in ("fast", "d1_w8_g8_r1"))
         assert named.config == weighted.config
         assert named.factors.cost == pytest.approx(weighted.factors.cost)
+
+
+def pycls_config(base: Any, parts: dict[str, float], s: float) -> dict[str, Any]:
+    """The rounding that ../shared/reference/scaling.md states of pycls' scaler, written once more; groups take part."""
+    whole = sum(parts.values())
+    d, w, r = s ** (parts["d"] / whole), s ** (parts["w"] / whole / 2), s ** (parts["r"] / whole / 2)
+
+    def width(channels: int) -> int:
+        return max(8, round(channels * w / 8) * 8)
+
+    values: dict[str, Any] = {
+        "depths": tuple(max(1, round(depth * d)) for depth in base.depths),
+        "widths": tuple(map(width, base.widths)),
+        "img_size": round(base.img_size * r / 4) * 4,
+    }
+    if hasattr(base, "head_width"):
+        return values | {"stem_width": width(base.stem_width), "head_width": width(base.head_width)}
+    groups = []
+    for group, channels in zip(base.group_sizes, values["widths"], strict=True):
+        scaled = max(1, round(group * w))
+        scaled = scaled if scaled <= 2 else 4 if scaled <= 5 else round(scaled / 8) * 8
+        groups.append(min(scaled, channels))
+    widths = (max(g, round(c / g) * g) for g, c in zip(groups, values["widths"], strict=True))
+    return values | {"widths": tuple(widths), "group_sizes": tuple(groups)}
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "regnety_004", "regnety_008", "regnety_040"])
+def test_factors_beyond_the_tables(name: str) -> None:
+    base, rng = zoo.get_config(name), random.Random(name)
+    for _ in range(100):
+        parts = {letter: float(rng.randint(0, 9)) for letter in "dwr"}
+        parts["d"] += not any(parts.values())
+        s = math.exp(rng.uniform(-1.5, 3.5))
+        rule = "_".join(f"{letter}{weight:g}" for letter, weight in [*parts.items(), ("g", parts["w"])])
+        config = fit(base, rule, factor=s).config
+        for field, value in pycls_config(base, parts, s).items():
+            assert getattr(config, field) == value, (rule, s, field)
 
 
 # The official coefficients; repeats, channels, ends and complexity by pycls' configs. The paper and TensorFlow's code

@@ -13,7 +13,7 @@ from zoo.config import ModelConfig, TextConfig
 from zoo.errors import ConfigError
 from zoo.factory import build, create_model
 from zoo.pretrained.load import listed
-from zoo.registry import family_of
+from zoo.registry import config_of, family_of
 
 _logger = logging.getLogger(__name__)
 
@@ -66,12 +66,12 @@ def grow(source: str | ModelConfig | nn.Module, config: ModelConfig, *, noise: f
     """
     if isinstance(source, str):
         small: Any = create_model(source, pretrained=True)
-    elif isinstance(source, nn.Module) and isinstance(getattr(source, "config", None), ModelConfig):
+    elif isinstance(source, nn.Module) and hasattr(source, "config"):
         small = source
     else:
         raise ConfigError(f"{type(source).__name__} holds no weights; expected a model, or the name of one.")
-    if type(small.config) is not type(config):
-        ours, theirs = (family_of(each).title for each in (config, small.config))
+    if type(config_of(small)) is not type(config):
+        ours, theirs = (family_of(each).title for each in (config, config_of(small)))
         raise ConfigError(f"The config is of {ours}, the weights are of {theirs}; expected one family.")
     model: Any = build(config)
     old, new = small.state_dict(), model.state_dict()

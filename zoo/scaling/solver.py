@@ -14,7 +14,7 @@ from zoo.analysis.counts import Counts, count
 from zoo.config import ModelConfig
 from zoo.errors import ConfigError, nearest
 from zoo.models import MODULES
-from zoo.registry import get_config, index
+from zoo.registry import config_of, get_config, index
 from zoo.scaling.axes import Factors, check_factor, dimensions, resize
 from zoo.scaling.rules import Rule, compound_base, get_rule, rules_for
 
@@ -97,7 +97,7 @@ def scale(
         raise ConfigError(f"weights is {weights!r}; expected 'grow' to carry weights over, or None for a config.")
     if isinstance(model, nn.Module) and weights is None:
         raise ConfigError("A model was given; expected a name or a config, or weights='grow' for its weights.")
-    found = fit(model.config if isinstance(model, nn.Module) else model, rule, **target_and_options)  # type: ignore[arg-type]
+    found = fit(config_of(model) if isinstance(model, nn.Module) else model, rule, **target_and_options)
     if found.quantity != "factor" and not found.met:
         warnings.warn(
             f"{found.quantity} {found.achieved:.4g} instead of {found.target:.4g} ({found.error:+.1%}): the nearest "
