@@ -39,13 +39,14 @@ def main() -> None:
     recursive: Any = zoo.build(config.override(router="none", capacities=())).eval()
     vanilla = make_vanilla(config)
     text = torch.randint(0, config.vocab_size, (options.sequences, 64))
-    print(f"{options.model}, {options.sequences} sequences after {options.prompt} tokens, {options.threads} threads")
-    prompts = text[:, : options.prompt]
-    depth = calibrate_on_own_text(ours, prompts)
-    print(
-        f"calibrated to a mean depth of {depth:.2f} of {config.num_recursions} (capacities: {sum(config.shares):.2f})"
-    )
+    print(f"{options.model}, {options.threads} threads, float32")
     if options.steps:
+        prompts = text[:, : options.prompt]
+        depth = calibrate_on_own_text(ours, prompts)
+        print(
+            f"{options.sequences} sequences after {options.prompt} tokens; calibrated to {depth:.2f} recursions a token,"
+        )
+        print(f"of {config.num_recursions}, where the capacities say {sum(config.shares):.2f}")
         decode(options, prompts, {"vanilla": vanilla, "recursive": recursive, "mor": ours})
     if options.prefill:
         ours.calibrate(text[:8])  # on text like that which is read: its tokens are drawn at random
@@ -76,7 +77,7 @@ def make_vanilla(config: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)).eval()
 
 
-def calibrate_on_own_text(model: Any, prompts: torch.Tensor, written: int = 24) -> float:
+def calibrate_on_own_text(model: Any, prompts: torch.Tensor, written: int = 16) -> float:
     """Calibrate twice on the tokens that the model writes, which the thresholds change; returns the mean depth."""
     depth = model.calibrate(prompts)
     for _ in range(2):

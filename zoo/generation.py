@@ -170,16 +170,17 @@ def read_prompts(path: str | Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        prompt: Any = line
         if path.suffix == ".jsonl":
             try:
-                line = json.loads(line)["prompt"]
+                prompt = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError):
-                line = None
-            if not isinstance(line, str):
+                prompt = None
+            if not isinstance(prompt, str):
                 raise DataError(
                     f'{path}, line {number}: expected an object with "prompt", such as {{"prompt": "To be"}}.'
                 )
-        prompts.append(line)
+        prompts.append(prompt)
     if not prompts:
         raise DataError(f"{path} holds no prompt; expected one a line.")
     return prompts

@@ -72,7 +72,7 @@ def generate(
     if plot_depth is not None:
         plot_depths([(its, each.depths) for its, each in zip(pieces, texts, strict=True)], recursions, plot_depth)
     if as_json:
-        found = [{"model": model, "prompt": each.prompt, "text": each.text} for each in texts]
+        found: list[dict[str, Any]] = [{"model": model, "prompt": each.prompt, "text": each.text} for each in texts]
         for values, each, its in zip(found, texts, pieces, strict=True):
             if depths:
                 values |= {"pieces": its, "depths": each.depths}

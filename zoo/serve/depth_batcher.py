@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, ShapeError
 from zoo.models._recursion_cache import RecursionCache
-from zoo.models.mixture_of_recursions import Block, MixtureOfRecursions
+from zoo.models.mixture_of_recursions import MixtureOfRecursions
 from zoo.ops.attend_rows import attend_rows
 
 
@@ -136,18 +136,21 @@ class _PackedLinear(nn.Module):
 
 
 class _PackedBlock(nn.Module):
-    """A block's forward pass on packed weights: as :meth:`Block.forward`, in fewer operators."""
+    """A block's forward pass on packed weights: as that of the trunk's ``Block``, in fewer operators."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
-        attend, mlp = block.self_attn, block.mlp
-        names = ("q_proj", "k_proj", "v_proj")
-        self.sizes = [attend.get_submodule(name).weight.shape[0] // block.head_dim for name in names[:2]]
+
+        def weight(name: str) -> Tensor:
+            return block.get_parameter(f"{name}.weight")
+
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.sizes = [weight(name).shape[0] // block.head_dim for name in names[:2]]  # heads of queries, and of keys
         self.head_dim = block.head_dim
         self.norms = block.input_layernorm, block.post_attention_layernorm  # of each use, where uses have their own
-        self.qkv = _PackedLinear(*(attend.get_submodule(name).weight for name in names))
-        self.out, self.gate = _PackedLinear(attend["o_proj"].weight), _PackedLinear(mlp["gate_proj"].weight)
-        self.up, self.down = _PackedLinear(mlp["up_proj"].weight), _PackedLinear(mlp["down_proj"].weight)
+        self.qkv = _PackedLinear(*map(weight, names))
+        self.out, self.gate = _PackedLinear(weight("self_attn.o_proj")), _PackedLinear(weight("mlp.gate_proj"))
+        self.up, self.down = _PackedLinear(weight("mlp.up_proj")), _PackedLinear(weight("mlp.down_proj"))
 
     def forward(self, x: Tensor, tokens: _Pass, layer: int, use: int) -> Tensor:
         before, after = (norms[use] if isinstance(norms, nn.ModuleList) else norms for norms in self.norms)
