@@ -43,10 +43,8 @@ def main() -> None:
     if options.steps:
         prompts = text[:, : options.prompt]
         depth = calibrate_on_own_text(ours, prompts)
-        print(
-            f"{options.sequences} sequences after {options.prompt} tokens; calibrated to {depth:.2f} recursions a token,"
-        )
-        print(f"of {config.num_recursions}, where the capacities say {sum(config.shares):.2f}")
+        print(f"{options.sequences} sequences after {options.prompt} tokens")
+        print(f"calibrated to {depth:.2f} of {config.num_recursions} recursions (capacities: {sum(config.shares):.2f})")
         decode(options, prompts, {"vanilla": vanilla, "recursive": recursive, "mor": ours})
     if options.prefill:
         ours.calibrate(text[:8])  # on text like that which is read: its tokens are drawn at random

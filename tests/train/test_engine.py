@@ -21,10 +21,10 @@ from zoo.errors import ConfigError, DataError, MissingExtraError, Preempted, Rec
 from zoo.inference import load_run
 from zoo.train import device, engine
 from zoo.train.checkpoint import load_checkpoint
-from zoo.train.engine import Result, _passes, _Run, train
+from zoo.train.engine import Result, _make_optimizer, _passes, _Run, train
 from zoo.train.evaluate import evaluate_run
 from zoo.train.finetune import finetune
-from zoo.train.recipe import Train
+from zoo.train.recipe import Optim, Train
 from zoo.train.run_folder import RunFolder
 
 
@@ -205,6 +205,16 @@ def test_layer_decay_slows_the_early_layers(tiny_recipe: Callable, tmp_path: Pat
     }
     stem = next(rate for name, rate in rates.items() if name.startswith("patch_embed"))
     assert stem < 0.3 * next(rate for name, rate in rates.items() if name.startswith("head"))
+
+
+def test_auxiliary_routers_learn_ten_times_as_fast() -> None:
+    model = zoo.create_model("mor_2m_r3", hidden_size=48, num_hidden_layers=5, intermediate_size=64, aux_router=True)
+    optimizer = _make_optimizer(model, Optim(betas=(0.9, 0.95)), 1e-3)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert tuple(group["betas"]) == (0.9, 0.95)
+        own = {id(each) for each in model.model.aux_routers.parameters()}
+        assert {id(each) in own for each in group["params"]} == {group.get("lr_scale", 1.0) == 10.0}
 
 
 def test_runs_of_one_process_may_differ_in_precision_and_accumulation(tiny_recipe: Callable, tmp_path: Path) -> None:

@@ -719,6 +719,7 @@ def routing(model: Any, kind: str) -> Iterator[None]:
 
 MixtureOfRecursions.attributes = {
     "_no_split_modules": ["Block"],
+    "rate_scales": {"model.aux_routers.": 10.0},  # of the recipe's learning rate, as the released code has it
     "calibrate": calibrate,
     "set_compute_budget": set_compute_budget,
     "routing": routing,

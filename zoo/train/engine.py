@@ -360,7 +360,7 @@ class _Run:
 
     @property
     def _learning_rate(self) -> float:
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        return max(group["lr"] / group.get("lr_scale", 1.0) for group in self.optimizer.param_groups)
 
     def _optimiser_step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimiser step over ``accumulate`` batches; returns their mean loss, detached."""
@@ -633,8 +633,10 @@ def _make_optimizer(model: nn.Module, optim: Optim, rate: float) -> torch.optim.
     options: dict[str, Any] = {"fused": True} if optim.name in _FUSED else {}
     if optim.eps:
         options["eps"] = optim.eps
+    if optim.betas:
+        options["betas"] = optim.betas
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=optim.name,
             lr=rate,
@@ -645,6 +647,20 @@ def _make_optimizer(model: nn.Module, optim: Optim, rate: float) -> torch.optim.
         )
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise RecipeError(f"optim.name is {optim.name!r}, which does not work here: {reason(error)}.") from error
+    _scale_rates(optimizer, model)
+    return optimizer
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give the parameters that a model names in ``rate_scales``, by the beginning of their names, groups of their own."""
+    for prefix, scale in getattr(model, "rate_scales", {}).items():
+        theirs = {id(each) for name, each in model.named_parameters() if name.startswith(prefix)}
+        for group in list(optimizer.param_groups):
+            moved = [each for each in group["params"] if id(each) in theirs]
+            if moved:
+                group["params"] = [each for each in group["params"] if id(each) not in theirs]
+                lr_scale = scale * group.get("lr_scale", 1.0)
+                optimizer.add_param_group({**group, "params": moved, "lr_scale": lr_scale})
 
 
 def _figures(row: dict[str, float], prefix: str = "") -> dict[str, float]:

@@ -102,6 +102,7 @@ class Optim:
     lr_rule: str = "linear"  # how lr grows with train.batch_size / lr_batch: "linear" or "sqrt"
     weight_decay: float = 0.05
     momentum: float = 0.9  # of SGD and RMSprop
+    betas: tuple[float, ...] = ()  # of Adam and its kin: both decays of the moments; empty: the optimiser's own
     eps: float = 0.0  # added to the denominator; 0: the optimiser's own
     layer_decay: float = 1.0  # learning rate of each layer over that of the one after it
     clip: float = 0.0  # 0 for none
@@ -357,8 +358,14 @@ def _describe(annotation: Any) -> str:
         return "a table"
     if typing.get_origin(annotation) is tuple:
         kinds = typing.get_args(annotation)
-        return "a list of integers" if kinds[-1] is ... else f"a list of {len(kinds)} numbers"
+        if kinds[-1] is ...:
+            return "a list of integers" if kinds[0] is int else "a list of numbers"
+        return f"a list of {len(kinds)} numbers"
     return words[annotation]
+
+
+def _are_betas(values: tuple[float, ...]) -> bool:
+    return len(values) in (0, 2) and all(0 <= value < 1 for value in values)
 
 
 # what is expected, whether a value is that, and the keys it holds for
@@ -418,6 +425,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     ("more than 0, less than 1", lambda value: 0 < value < 1, ("data.holdout",)),
     ("more than 0, at most 1", lambda value: 0 < value <= 1, ("optim.layer_decay",)),
+    ("empty, or two of 0 or more, less than 1", _are_betas, ("optim.betas",)),
     ("two shares of 1, the smaller first", lambda value: 0 < value[0] <= value[1] <= 1, ("augment.scale",)),
     ("two ratios, the smaller first", lambda value: 0 < value[0] <= value[1] < math.inf, ("augment.ratio",)),
 )
