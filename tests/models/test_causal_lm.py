@@ -15,7 +15,10 @@ from zoo.errors import ShapeError
 from zoo.models import _causal_lm
 
 # A variant of each family, and what makes it small.
-SMALL = {"matmulfree_2m": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}}
+SMALL = {
+    "matmulfree_2m": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96},
+    "mor_2m_r3": {"hidden_size": 48, "num_hidden_layers": 5, "intermediate_size": 64},
+}
 NEW = {"max_new_tokens": 8, "pad_token_id": 0}
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -652,7 +652,7 @@ def _make_optimizer(model: nn.Module, optim: Optim, rate: float) -> torch.optim.
 
 
 def _scale_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Give the parameters that a model names in ``rate_scales``, by the beginning of their names, groups of their own."""
+    """Give parameters that a model names in ``rate_scales``, by the beginning of their names, groups of their own."""
     for prefix, scale in getattr(model, "rate_scales", {}).items():
         theirs = {id(each) for name, each in model.named_parameters() if name.startswith(prefix)}
         for group in list(optimizer.param_groups):
