@@ -222,7 +222,7 @@ def test_a_cache_of_another_model(model: Any, name: str) -> None:
 
 
 def make_deeper(name: str) -> Any:
-    return zoo.create_model(name, **{**SMALL[name], "num_hidden_layers": 2 * SMALL[name]["num_hidden_layers"]})
+    return zoo.create_model(name, **{**SMALL[name], "num_hidden_layers": SMALL[name]["num_hidden_layers"] + 3})
 
 
 @pytest.mark.parametrize("order", ["zoo, transformers", "transformers, zoo"])

@@ -777,9 +777,9 @@ FAMILY = Family(
     layout=released_names,
 )
 
-# Width, hidden width, layers, heads, key and value heads: SmolLM's for 135M, 360M and 1.7B. There is no SmolLM of 730M, and
-# of that one no source was at hand: it comes to 729.9 M parameters where nothing is shared, and is to be checked against
-# the paper's appendix before anything is compared with it.
+# Width, hidden width, layers, heads, key and value heads: SmolLM's for 135M, 360M and 1.7B. There is no SmolLM of 730M,
+# and of that shape no source was at hand: it comes to 729.9 M parameters where nothing is shared, and is to be checked
+# against the paper's appendix before anything is compared with it.
 _SHAPES = {
     "135m": (576, 1536, 30, 9, 3),
     "360m": (960, 2560, 32, 15, 5),
