@@ -24,14 +24,13 @@ from torch import Tensor, nn
 import zoo
 from zoo.analysis.benchmark import machine
 from zoo.atomic import save_safetensors, write_atomically
-from zoo.config import ModelConfig
 from zoo.deploy import forms
 from zoo.deploy.engines import BUILT_HERE, Job, get_engine
 from zoo.deploy.program import tensors_of
 from zoo.errors import ConfigError, ExportError, ZooError, reason
 from zoo.factory import build
 from zoo.pretrained.files import cache_folder, sha256_of
-from zoo.registry import config_from_json
+from zoo.registry import config_from_json, config_of
 
 FORMAT = 1
 MANIFEST, CHECK, TENSORS = "manifest.json", "check.safetensors", "model.safetensors"
@@ -174,11 +173,9 @@ def _rms(x: Tensor) -> float:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """What an artefact says of the model that it came from; ``config`` is empty for one that zoo cannot build."""
-    config = getattr(model, "config", None)
     text = ""
-    if isinstance(config, ModelConfig):
-        with contextlib.suppress(ConfigError):  # of no registered family
-            text = config.to_json()
+    with contextlib.suppress(ConfigError, AttributeError):  # of no registered family, or no model of zoo's
+        text = config_of(model).to_json()
     cfg = getattr(model, "pretrained_cfg", None) or {}
     kept = ("architecture", "tag", "input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "label_names")
     return {"config": text, "model": {key: cfg[key] for key in kept if key in cfg}}

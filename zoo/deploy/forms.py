@@ -1,9 +1,9 @@
-"""Ways of running the module itself, without another runtime: as it is, fused, channels-last, as a CUDA graph.
+"""Ways of running the module itself, without another runtime: as it is, fused, channels-last, packed, as a CUDA graph.
 
-A form makes a module out of a copy of the model. Another part of zoo, or another package, adds its own with
-:func:`register_form`: a form that packs ternary weights, for example.
+A form makes a module out of a copy of the model. Another package adds its own with :func:`register_form`.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo.deploy.engines import refuses_precision
 from zoo.deploy.program import DTYPES, InDtype, copy_for_inference, fused
 from zoo.errors import ConfigError, nearest
+from zoo.layers.bit_linear import BitLinear, PackedBitLinear
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,16 @@ class CudaGraph(nn.Module):
             self._output = self.model(*self._inputs)
 
 
+def _packed(model: nn.Module) -> nn.Module:
+    """A copy with ternary weights at two bits each; the full-precision ones are not copied first."""
+    packed = {id(layer): PackedBitLinear.of(layer) for layer in model.modules() if type(layer) is BitLinear}
+    return copy.deepcopy(model, {**packed}).eval().requires_grad_(False)
+
+
+def _without_bit_linears(model: nn.Module, target: str) -> str:
+    return "" if any(type(layer) is BitLinear for layer in model.modules()) else "the model has no ternary weights"
+
+
 def _without_convolutions(model: nn.Module, target: str) -> str:
     has = any(isinstance(module, nn.Conv2d) for module in model.modules())
     return "" if has else "the model has no convolutions"
@@ -94,6 +105,7 @@ _FORMS = {
         Form("eager", copy_for_inference),
         Form("fused", fused, _without_fuse),
         Form("channels-last", lambda model: ChannelsLast(fused(model)), _without_convolutions),
+        Form("packed", _packed, _without_bit_linears),
         Form("cuda-graph", lambda model: CudaGraph(fused(model)), _off_cuda),
     )
 }

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from zoo.analysis.benchmark import compare, measure
 from zoo.atomic import save_safetensors
-from zoo.config import ImageConfig
+from zoo.config import ImageConfig, TextConfig
 from zoo.deploy import forms
 from zoo.deploy.artefact import TENSORS, describe, save_artefact, save_tensors
 from zoo.deploy.engines import BUILT_HERE, CALIBRATION, SOURCES, Engine, Job, Run, engine_names, get_engine, place_of
 from zoo.deploy.program import DTYPES, InDtype, capture, copy_for_inference, fused, save_program, tensors_of
 from zoo.errors import ConfigError, ExportError, MissingExtraError, ShapeError, ZooError, nearest, reason
 from zoo.factory import check_device
+from zoo.registry import config_of
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 FP32_TOLERANCE = 1e-4  # relative: what reordering sums may change
@@ -153,14 +154,38 @@ class Optimized:
         self._origin = origin
         self._held = held  # a temporary folder, which lives as long as this
 
+    @property
+    def model(self) -> nn.Module:
+        """The module that runs: a language model's has ``generate``.
+
+        Raises:
+            ConfigError: If another runtime than torch was chosen, which has none.
+        """
+        if self._model is None:
+            raise ConfigError(
+                f"{self.job.engine} runs a program and no module; optimise with engines={forms.form_names()} for one."
+            )
+        return self._model.model if isinstance(self._model, InDtype) else self._model
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """``generate`` of a language model's :attr:`model`; see transformers.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        model: Any = self.model
+        if not hasattr(model, "generate"):
+            raise ConfigError(f"{type(model).__name__} writes no text; expected a language model.")
+        return model.generate(*args, **options)
+
     def __call__(self, *inputs: Tensor) -> Any:
         """The model's answer: a tensor, or a list of tensors where the model gives several.
 
         Raises:
-            ShapeError: For inputs that are not like the example.
+            ShapeError: For inputs that are not like the example; a language model that is a module takes any tokens.
         """
         got = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
-        if got != self.shapes:
+        if got != self.shapes and not (self._model is not None and hasattr(self.model, "generate")):
             raise ShapeError(
                 f"The input is {_describe(got)}; this was optimised for {_describe(self.shapes)}. "
                 f"Optimise it with an example like the input, for another batch or size."
@@ -219,8 +244,9 @@ def optimize(
 
     Args:
         model: Any module whose inputs and outputs are tensors.
-        example: Its input, or inputs, in the shapes and dtypes that are to be fast; for an image model of the zoo, one
-            picture of its nominal size by default.
+        example: Its input, or inputs, in the shapes and dtypes that are to be fast; by default one picture of its nominal
+            size for an image model of the zoo. A language model needs none: it is then tried in the forms that can
+            still generate, on a short prompt.
         target: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``, or several, are tried besides fp32; ``"auto"`` is
             fp32, bf16 where the target computes in it, and int8 where there are pictures to calibrate with.
@@ -242,12 +268,16 @@ def optimize(
     Examples:
         >>> fast = zoo.optimize(model, example, target="cpu", precision="auto", tolerance=1e-2)
         >>> fast(example); print(fast.report); fast.save("m5_cpu")
+        >>> packed = zoo.optimize(zoo.create_model("matmulfree_370m"), target="cpu")
+        >>> packed.generate(tokens); packed.model
     """
     deadline = time.monotonic() + time_limit
     check_device(target)
     asked = _precisions(precision, pictures is not None)
-    names = _engines(engines)
+    names, named = _engines(engines), engines is not None or precision != "auto"
     inputs = _as_example(model, example)
+    if example is None and names is None and not inputs[0].is_floating_point():
+        names = forms.form_names()  # a program has no cache to go on from
     threads = threads or torch.get_num_threads()
     device = torch.device(target)
     original = copy_for_inference(model).to(device)
@@ -257,8 +287,8 @@ def optimize(
 
     held = tempfile.TemporaryDirectory(prefix="zoo-optimize-")
     search = _Search(
-        named=names is not None or precision != "auto",
-        engines_named=names is not None,
+        named=named,
+        engines_named=engines is not None,
         time_limit=time_limit,
         model=original,
         folder=Path(held.name),
@@ -650,11 +680,20 @@ def _engines(engines: Sequence[str] | None) -> list[str] | None:
     return list(engines)
 
 
+def _is_language_model(model: nn.Module) -> bool:
+    try:
+        return isinstance(config_of(model), TextConfig)
+    except AttributeError:
+        return False
+
+
 def _as_example(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     config = getattr(model, "config", None)
-    if example is None:
+    if example is None and _is_language_model(model):
+        example = torch.arange(16)[None] % config_of(model).vocab_size  # type: ignore[attr-defined]
+    elif example is None:
         if not isinstance(config, ImageConfig):
-            raise ConfigError("example is None; expected an input of the model, as it is no image model of the zoo.")
+            raise ConfigError("example is None; expected an input of the model, as it is no model of the zoo.")
         example = torch.randn(1, config.in_chans, *config.input_hw, generator=torch.Generator().manual_seed(0))
     inputs = (example,) if isinstance(example, Tensor) else tuple(example)
     for x in inputs:

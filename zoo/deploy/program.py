@@ -23,9 +23,10 @@ class InDtype(nn.Module):
         self.dtype = dtype
 
     def forward(self, *inputs: Tensor) -> Any:
-        """As the model, in and out of float32."""
+        """As the model, in and out of float32; of a language model's answer, the logits."""
         cast = [x.to(self.dtype) if x.is_floating_point() else x for x in inputs]
-        return _map_tensors(self.model(*cast), lambda x: x.float() if x.is_floating_point() else x)
+        output = self.model(*cast)
+        return _map_tensors(getattr(output, "logits", output), lambda x: x.float() if x.is_floating_point() else x)
 
 
 def _map_tensors(output: Any, change: Any) -> Any:

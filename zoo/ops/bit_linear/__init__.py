@@ -18,7 +18,7 @@ from zoo.errors import ShapeError, WeightsError
 from zoo.ops._checks import cast, compute_dtype
 from zoo.ops.bit_linear import cpu, vectorised
 from zoo.ops.bit_linear._dispatch import choose
-from zoo.ops.bit_linear._op import check, check_packed, linear, packed_linear, run_packed
+from zoo.ops.bit_linear._op import check, check_inputs, check_packed, linear, packed_linear, run_packed
 from zoo.ops.bit_linear.reference import (
     bit_linear_reference,
     pack_ternary,
@@ -61,7 +61,7 @@ def bit_linear(x: Tensor, weight: Tensor, norm_weight: Tensor, *, eps: float = 1
         integers exact. There are no second derivatives.
 
     Raises:
-        ShapeError: If shapes or devices disagree or a tensor is not real and floating-point.
+        ShapeError: If shapes or devices disagree, a tensor is not real and floating-point, or Cin is over 2^17.
         ConfigError: If ``ZOO_BIT_LINEAR`` asks for what does not exist or cannot run on this device.
 
     Source: MatMul-free LM, arXiv:2406.02528, Section 3.2 and Algorithm 1.
@@ -79,11 +79,12 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A full-precision weight, ``[Cout, Cin]``, as :func:`packed_bit_linear` takes it: two bits for each, and a scale.
 
     Raises:
-        ShapeError: If it is not a real matrix.
+        ShapeError: If it is not a real matrix, or has more than 2^17 columns.
         WeightsError: If there is NaN or infinity in it.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ShapeError(f"weight is {weight.dtype} of shape {list(weight.shape)}; expected a real [Cout, Cin].")
+    check_inputs(weight.shape[1])
     if not weight.isfinite().all():
         raise WeightsError("The weight is not finite: there is NaN or infinity in it.")
     ternary, scale = quantise_weight(weight.detach().to(compute_dtype(weight)))

@@ -16,6 +16,8 @@ from zoo.ops._checks import cast, check_tensors, compute_dtype, show
 from zoo.ops.bit_linear import vectorised
 from zoo.ops.bit_linear._dispatch import choose
 
+MAX_INPUTS = 2**17
+
 
 def check(x: Tensor, weight: Tensor, norm_weight: Tensor) -> None:
     """Raise ShapeError for what :func:`~zoo.ops.bit_linear.bit_linear` says it cannot take."""
@@ -41,7 +43,14 @@ def check_packed(x: Tensor, packed: Tensor, scale: Tensor, norm_weight: Tensor, 
         raise ShapeError(f"packed is on {packed.device} and x on {x.device}; expected one device.")
 
 
+def check_inputs(columns: int) -> None:
+    """Raise ShapeError where sums of so many products of int8 and ternary numbers might not be exact."""
+    if columns > MAX_INPUTS:
+        raise ShapeError(f"The weight has {columns} inputs; expected at most {MAX_INPUTS}, up to which sums are exact.")
+
+
 def _check_input(x: Tensor, norm_weight: Tensor, columns: int) -> None:
+    check_inputs(columns)
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ShapeError(f"x has shape {show(x)}; expected [..., {columns}].")
     if norm_weight.ndim != 1 or len(norm_weight) != columns:

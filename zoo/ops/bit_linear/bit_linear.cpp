@@ -4,8 +4,8 @@
 // codes of the matrix's rows r, r + R, r + 2R and r + 3R at column k, lowest bits first. So one load of packed bytes
 // gives four vectors of weights by masks and one shift, and all four meet the same vector of activations. The unsigned
 // operand of the processor's 8-bit dot products are the codes, the signed one the activations; the sum of the activations, which
-// is subtracted at the end, turns codes into weights. The codes of the second and fourth row are not shifted down: their
-// sums are four times what they should be, and are shifted when they are complete. Everything is exact in int32.
+// is subtracted at the end, turns codes into weights. Codes are not all shifted down: sums that are a multiple of what they
+// should be are shifted when they are complete. Everything is exact in int32, up to 2^17 columns.
 //
 // For a batch, a block of packed rows that fits the second cache meets all tokens, a few at a time, before the next one.
 
@@ -36,18 +36,20 @@ using at::Tensor;
 
 constexpr int64_t kAlign = 64;             // activations of a token are padded with zeros to a multiple of this
 constexpr int64_t kBlockBytes = 96 * 1024;  // of packed weights that all tokens meet in turn
-constexpr int kMaxTokens = 4;
+constexpr int kMaxTile = 4;  // packed rows times tokens that a kernel takes at once, at most
 
 int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlign; }
 
-// Sums of one packed row times `tokens` tokens: sums[token][i] is sum(code of row i times activation).
-using RowKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride,
-                           int32_t (*sums)[4]);
+// Sums of one packed row times some tokens, or of some packed rows times one token, [kMaxTile][4]:
+// sums[token or packed row][i] is sum(code of row i times activation).
+using Kernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]);
 
 struct Kernels {
   const char* name;
-  int tokens;                  // at most, at once
-  RowKernel rows[kMaxTokens];  // for 1, 2, ... tokens
+  int rows;                  // of one_token
+  Kernel one_token;          // so many packed rows times one token
+  int tokens;                // at most, at once
+  Kernel one_row[kMaxTile];  // one packed row times 1, 2, ... tokens
 };
 
 template <int kTokens>
@@ -66,7 +68,7 @@ void rows_portable(const uint8_t* packed, int64_t columns, const int8_t* codes, 
   }
 }
 
-constexpr Kernels kPortable{"portable C++", 1, {rows_portable<1>}};
+constexpr Kernels kPortable{"portable C++", 1, rows_portable<1>, 1, {rows_portable<1>}};
 
 #if ZOO_X86
 
@@ -115,7 +117,7 @@ __attribute__((target("avx2"))) void rows_avx2(const uint8_t* packed, int64_t co
     store_sums(total[token][0], total[token][1], total[token][2], total[token][3], sums[token]);
 }
 
-constexpr Kernels kAvx2{"AVX2", 2, {rows_avx2<1>, rows_avx2<2>}};
+constexpr Kernels kAvx2{"AVX2", 1, rows_avx2<1>, 2, {rows_avx2<1>, rows_avx2<2>}};
 
 // The processor's own 8-bit dot products, which add four products into int32 at a time.
 
@@ -144,33 +146,70 @@ __attribute__((target("avx2,avxvnni"))) void rows_avx_vnni(const uint8_t* packed
     store_sums(sum[token][0], sum[token][1], sum[token][2], sum[token][3], sums[token]);
 }
 
-constexpr Kernels kAvxVnni{"AVX-VNNI", 2, {rows_avx_vnni<1>, rows_avx_vnni<2>}};
+constexpr Kernels kAvxVnni{"AVX-VNNI", 1, rows_avx_vnni<1>, 2, {rows_avx_vnni<1>, rows_avx_vnni<2>}};
 #endif
 
-template <int kTokens>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512_vnni(
-    const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
-  const __m512i low = _mm512_set1_epi8(0x03), high = _mm512_set1_epi8(0x0c);
-  __m512i sum[kTokens][4];
-  for (int token = 0; token < kTokens; ++token)
-    for (int i = 0; i < 4; ++i) sum[token][i] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < columns; k += 64) {
-    const __mmask64 inside = columns - k < 64 ? (uint64_t{1} << (columns - k)) - 1 : ~uint64_t{0};
-    const __m512i w = _mm512_maskz_loadu_epi8(inside, packed + k);
-    const __m512i v = _mm512_srli_epi16(w, 4);
-    const __m512i c[4] = {_mm512_and_si512(w, low), _mm512_and_si512(w, high), _mm512_and_si512(v, low),
-                          _mm512_and_si512(v, high)};
-    for (int token = 0; token < kTokens; ++token) {
-      const __m512i a = _mm512_load_si512(codes + token * stride + k);
-      for (int i = 0; i < 4; ++i) sum[token][i] = _mm512_dpbusd_epi32(sum[token][i], c[i], a);
-    }
+#define ZOO_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) inline
+
+// The sums of one packed row and one token. GCC keeps a struct in registers, but not an array.
+struct Sums512 {
+  __m512i s0, s1, s2, s3;
+
+  // Nothing is shifted: the codes of the second to fourth row count 4, 16 and 64 times, and those of the fourth meet the
+  // activations together with the other three, whose sums are subtracted in the end. That wraps around and comes out right.
+  ZOO_AVX512_VNNI void add(__m512i w, __m512i a) {
+    s0 = _mm512_dpbusd_epi32(s0, _mm512_and_si512(w, _mm512_set1_epi8(0x03)), a);
+    s1 = _mm512_dpbusd_epi32(s1, _mm512_and_si512(w, _mm512_set1_epi8(0x0c)), a);
+    s2 = _mm512_dpbusd_epi32(s2, _mm512_and_si512(w, _mm512_set1_epi8(0x30)), a);
+    s3 = _mm512_dpbusd_epi32(s3, w, a);
   }
-  for (int token = 0; token < kTokens; ++token)
-    for (int i = 0; i < 4; ++i) sums[token][i] = _mm512_reduce_add_epi32(sum[token][i]) >> (i % 2 ? 2 : 0);
+
+  // Four numbers in each of four lanes, which are what is left to add.
+  ZOO_AVX512_VNNI __m512i lanes() const {
+    const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s1), _mm512_unpackhi_epi32(s0, s1));
+    const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(s2, s3), _mm512_unpackhi_epi32(s2, s3));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  }
+};
+
+ZOO_AVX512_VNNI __m512i add_lanes(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-constexpr Kernels kAvx512Vnni{
-    "AVX-512 VNNI", 4, {rows_avx512_vnni<1>, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>}};
+template <int kRows, int kTokens>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void tile_avx512_vnni(
+    const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
+  constexpr int kUnits = kRows * kTokens;
+  static_assert(kUnits <= kMaxTile && (kRows == 1 || kTokens == 1));
+  const __m512i zero = _mm512_setzero_si512();
+  Sums512 first{zero, zero, zero, zero}, second = first, third = first, fourth = first;
+  const auto add = [&](Sums512& to, int unit, int64_t k, __mmask64 inside) __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
+    to.add(_mm512_maskz_loadu_epi8(inside, packed + (kRows > 1 ? unit * columns : 0) + k),
+           _mm512_load_si512(codes + (kTokens > 1 ? unit * stride : 0) + k));
+  };
+  const auto add_all = [&](int64_t k, __mmask64 inside) __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
+    add(first, 0, k, inside);
+    if (kUnits > 1) add(second, 1, k, inside);
+    if (kUnits > 2) add(third, 2, k, inside);
+    if (kUnits > 3) add(fourth, 3, k, inside);
+  };
+  int64_t k = 0;
+  for (; k + 64 <= columns; k += 64) add_all(k, ~uint64_t{0});
+  if (k < columns) add_all(k, (uint64_t{1} << (columns - k)) - 1);
+  const __m512i all =
+      add_lanes(add_lanes(first.lanes(), second.lanes()), add_lanes(third.lanes(), fourth.lanes()));
+  __m512i others = _mm512_maskz_mov_epi32(0x7777, all);
+  others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_BADC));
+  others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_CDAB));
+  const __m512i shifts = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 2, 4, 6));
+  _mm512_storeu_si512(sums, _mm512_srav_epi32(_mm512_mask_sub_epi32(all, 0x8888, all, others), shifts));
+}
+
+constexpr Kernels kAvx512Vnni{"AVX-512 VNNI",
+                              2,
+                              tile_avx512_vnni<2, 1>,
+                              4,
+                              {tile_avx512_vnni<1, 1>, tile_avx512_vnni<1, 2>, tile_avx512_vnni<1, 3>, tile_avx512_vnni<1, 4>}};
 
 #endif
 
@@ -207,18 +246,28 @@ void multiply(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int6
   const int64_t block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(columns, 1), 4, 64);
   // One thread for what takes less time than waking another
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns * tokens, 1));
+  const auto put = [&](int64_t packed_row, int64_t token, const int32_t* sums) {
+    for (int i = 0; i < 4; ++i)
+      if (packed_row + i * packed_rows < rows) write(token, packed_row + i * packed_rows, sums[i]);
+  };
   at::parallel_for(0, packed_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += block) {
       const int64_t last = std::min(first + block, end);
+      int32_t sums[kMaxTile][4];
+      if (tokens == 1) {
+        for (int64_t r = first; r < last;) {
+          const int count = r + k.rows <= last ? k.rows : 1;
+          (count == k.rows ? k.one_token : k.one_row[0])(packed + r * columns, columns, codes, stride, sums);
+          for (int row = 0; row < count; ++row, ++r) put(r, 0, sums[row]);
+        }
+        continue;
+      }
       for (int64_t token = 0; token < tokens; token += k.tokens) {
         const int count = int(std::min<int64_t>(k.tokens, tokens - token));
-        const RowKernel kernel = k.rows[count - 1];
+        const Kernel kernel = k.one_row[count - 1];
         for (int64_t r = first; r < last; ++r) {
-          int32_t sums[kMaxTokens][4];
           kernel(packed + r * columns, columns, codes + token * stride, stride, sums);
-          for (int t = 0; t < count; ++t)
-            for (int i = 0; i < 4; ++i)
-              if (r + i * packed_rows < rows) write(token + t, r + i * packed_rows, sums[t][i]);
+          for (int t = 0; t < count; ++t) put(r, token + t, sums[t]);
         }
       }
     }
