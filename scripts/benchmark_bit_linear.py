@@ -8,8 +8,9 @@ either called again and again, so that its weights stay in cache, or in turn wit
 larger than any cache, as in a model. The bandwidth is that of adding up 128 MB with the same threads, in
 the same turns; the share of it is what the packed bytes over the time come to.
 
-Memory is a fresh process's peak above what it held before, in a training step of one layer: forward, backward, and the
-gradients that they leave. Unfused is the same layer written in PyTorch's operators, as the reference is.
+Memory is a fresh process's peak above what it held before, in a training step of one layer, or of a block with its
+six: forward, backward, and the gradients that they leave. Unfused are the same layers written in PyTorch's operators,
+as the reference is.
 
 Tables are printed as Markdown. Rows for a GPU say "not measured".
 """
@@ -31,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from _timing import in_turns, seconds_a_call, spread
 
-from zoo.ops import hgrn_scan, packed_bit_linear
-from zoo.ops.bit_linear import bit_linear_reference, choose, pack_weight
-from zoo.ops.bit_linear._op import linear
+import zoo
+from zoo.models.matmulfree import MatMulFreeBlock
+from zoo.ops import bit_linear, hgrn_scan, packed_bit_linear
+from zoo.ops.bit_linear import choose, pack_weight
 from zoo.ops.hgrn_scan import hgrn_scan_reference
 
 SHAPES = ((1024, 2816), (2048, 5632), (2560, 6912))
@@ -42,6 +44,7 @@ BEYOND_CACHES = 128 * 2**20  # bytes
 LENGTH, WIDTH = 2048, 1024
 MEMORY_SHAPES = ((1024, 1024), (5632, 1024), (1024, 2816))  # [Cout, Cin] in the 370M model
 MEMORY_TOKENS = (2048, 8192)
+MODEL, BLOCK_TOKENS = "matmulfree_370m", (2048, 4096)
 
 
 def row(*cells: object) -> None:
@@ -141,36 +144,52 @@ def benchmark_memory() -> None:
     if not Path("/proc/self/clear_refs").exists():
         print("\nTraining memory: not measured (needs Linux)")
         return
-    header("training memory, out x in, tokens", "unfused", "fused", "less by", "kept for backward: unfused", "fused")
-    for (rows, columns), tokens in itertools.product(MEMORY_SHAPES, MEMORY_TOKENS):
-        found = {}
-        for form in ("unfused", "fused"):
-            command = [sys.executable, __file__, "--peak", form, str(rows), str(columns), str(tokens)]
-            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            found[form] = [int(each) for each in done.stdout.split()[-2:]]
-        (peak, kept), (fused_peak, fused_kept) = found["unfused"], found["fused"]
-        cells = [f"{each / 1e6:.0f} MB" for each in (peak, fused_peak, kept, fused_kept)]
-        row(f"{rows} x {columns}, {tokens}", *cells[:2], f"{1 - fused_peak / peak:.0%}", *cells[2:])
+    header("training memory, tokens", "unfused", "fused", "less by", "kept for backward: unfused", "fused")
+    layers = [(f"{rows} x {columns}", (rows, columns), MEMORY_TOKENS) for rows, columns in MEMORY_SHAPES]
+    for name, sizes, lengths in [*layers, (f"a block of {MODEL}", (), BLOCK_TOKENS)]:
+        for tokens in lengths:
+            found = {}
+            for form in ("unfused", "fused"):
+                command = [sys.executable, __file__, "--peak", str(tokens), *map(str, sizes)]
+                environment = {
+                    **os.environ,
+                    "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system
+                    **({"ZOO_BIT_LINEAR": "ref"} if form == "unfused" else {}),
+                }
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                found[form] = [int(each) for each in done.stdout.split()[-2:]]
+            (peak, kept), (fused_peak, fused_kept) = found["unfused"], found["fused"]
+            cells = [f"{each / 1e6:.0f} MB" for each in (peak, fused_peak, kept, fused_kept)]
+            row(f"{name}, {tokens}", *cells[:2], f"{1 - fused_peak / peak:.0%}", *cells[2:])
 
 
-def print_peak(form: str, rows: int, columns: int, tokens: int) -> None:
-    """Print by how many bytes a training step raises this process's peak, and how many the forward pass leaves."""
+def print_peak(tokens: int, *sizes: int) -> None:
+    """Print by how many bytes a training step raises this process's peak, and how many the forward pass leaves.
 
-    def step(rows: int, columns: int, tokens: int) -> int:
-        x = torch.randn(tokens, columns).requires_grad_()
+    Of a layer of these sizes, [Cout, Cin], or of a block of the model. Which form runs, the environment says.
+    """
+
+    def layer(tokens: int, rows: int, columns: int) -> tuple[Any, Any, torch.Tensor]:
         weight, norm = (0.02 * torch.randn(rows, columns)).requires_grad_(), torch.ones(columns).requires_grad_()
-        grad = torch.randn(tokens, rows)
+        x = torch.randn(tokens, columns).requires_grad_()
+        return lambda x: bit_linear(x, weight, norm), x, torch.randn(tokens, rows)
+
+    def block(tokens: int, **overrides: int) -> tuple[Any, Any, torch.Tensor]:
+        config: Any = zoo.get_config(MODEL).override(**overrides)
+        made = MatMulFreeBlock(config)
+        x = torch.randn(1, tokens, config.hidden_size).requires_grad_()
+        return lambda x: made(x, *[None] * 4)[0], x, torch.randn(x.shape)
+
+    def step(run: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is held
-        out = (bit_linear_reference if form == "unfused" else linear)(x, weight, norm, 1e-6)
+        out = run(x)
         kept = _status("VmRSS") - before
         out.backward(grad)
         print(_status("VmHWM") - before, kept)
-        return before
 
-    step(64, 64, 64)
-    step(rows, columns, tokens)
+    step(*(layer(64, 64, 64) if sizes else block(64, hidden_size=64)))  # loads what is loaded once
+    step(*(layer(tokens, *sizes) if sizes else block(tokens)))
 
 
 def _status(field: str) -> int:
@@ -183,12 +202,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=["products", "scan", "memory"])
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
-        form, *sizes = options.peak
-        print_peak(form, *map(int, sizes))
+        print_peak(*map(int, options.peak))
         return
     parts = options.only or ["products", "scan", "memory"]
     chosen = choose(torch.device("cpu"))

@@ -1,28 +1,42 @@
 """Decoding speed and memory of whole language models: MatMul-free LM, packed and not, and a Llama of its size.
 
-    OMP_NUM_THREADS=2 python scripts/benchmark_generate.py --threads 2
+    OMP_NUM_THREADS=2 python scripts/benchmark_generate.py --threads 2 [--rivals FOLDER]
 
 Random weights: speed does not depend on them. Each sample decodes --tokens tokens after the ones before it, batch 1,
 the likeliest token each time; the models take turns, and the ratios are to the first. The Llama is transformers' own
-with the same width, depth, MLP and vocabulary, in float32 and bfloat16; other runtimes of it are not measured.
+with the same width, depth, MLP and vocabulary, in float32 and bfloat16.
+
+With --rivals, the Llama runs in onnxruntime and OpenVINO too, with weights of 8 and 4 bits; it is converted into the
+folder once (minutes, and 5 GB). There a step reads the same cache of --prompt tokens each time and answers with what it
+would add to it, which saves those runtimes the work of growing it.
+
+The peak of memory is what a process with one model holds at most while it decodes, once the model is there.
 """
 
 import argparse
 import gc
-import resource
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _timing import in_turns, spread
 
 import zoo
 from zoo.layers import pack_bit_linears
 
+STEP = "step.onnx"
+RIVALS = ("onnxruntime int8", "onnxruntime int4", "OpenVINO int8", "OpenVINO int4")
 
-def llama_like(config: Any, dtype: torch.dtype) -> Any:
+
+def llama_like(config: Any, dtype: torch.dtype, **options: Any) -> Any:
     """A Llama with the numbers of a MatMul-free LM."""
     import transformers
 
@@ -34,7 +48,12 @@ def llama_like(config: Any, dtype: torch.dtype) -> Any:
         "num_attention_heads": max(1, config.hidden_size // 64),
         "max_position_embeddings": config.max_position_embeddings,
     }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).to(dtype).eval()
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**values, **options)).to(dtype).eval()
+
+
+def cache_of(answer: Any) -> Any:
+    return next(value for key, value in answer.items() if key in ("cache", "past_key_values"))
 
 
 class Decoder:
@@ -49,7 +68,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> None:
         answer = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = next(value for key, value in answer.items() if key in ("cache", "past_key_values"))
+        self.cache = cache_of(answer)
         self.token = answer.logits[:, -1:].argmax(-1)
 
     def seconds(self, tokens: int, clock: Callable[[], float]) -> float:
@@ -60,19 +79,162 @@ class Decoder:
         return (clock() - start) / tokens
 
     @property
-    def weight_bytes(self) -> int:
+    def bytes(self) -> int:
+        """Of weights and state."""
         tensors = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
-        return sum(tensors.values())
+        if hasattr(self.cache, "state"):
+            return sum(tensors.values()) + self.cache.state.nbytes
+        return sum(tensors.values()) + sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+class Rival(Decoder):
+    """A step of the Llama in another runtime."""
+
+    def __init__(self, config: Any, folder: Path, name: str, prompt: int, threads: int) -> None:
+        runtime, bits = name.split()
+        file = folder / f"{runtime}-{bits}.{'onnx' if runtime == 'onnxruntime' else 'xml'}"
+        self.size = sum(each.stat().st_size for each in folder.glob(f"{runtime}-{bits}*"))
+        self.feeds = [each.numpy() for each in example(config, prompt)]
+        self.size += sum(each.nbytes for each in self.feeds)
+        self.run = onnxruntime_run(file, threads) if runtime == "onnxruntime" else openvino_run(file, threads)
+        self.step(None)
+
+    def step(self, tokens: Any) -> None:
+        self.feeds[0] = self.run(self.feeds)[:, -1:].argmax(-1).astype(np.int64)
+        self.token = None
 
     @property
-    def state_bytes(self) -> int:
-        if hasattr(self.cache, "state"):
-            return self.cache.state.nbytes
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+    def bytes(self) -> int:
+        return self.size
+
+
+def onnxruntime_run(file: Path, threads: int) -> Callable[[list[Any]], Any]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    return lambda feeds: session.run(None, dict(zip(names, feeds, strict=True)))[0]
+
+
+def openvino_run(file: Path, threads: int) -> Callable[[list[Any]], Any]:
+    import openvino
+
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    request = openvino.Core().compile_model(file, "CPU", settings).create_infer_request()
+    return lambda feeds: request.infer(feeds, share_inputs=True)[0]
+
+
+def example(config: Any, prompt: int) -> tuple[torch.Tensor, ...]:
+    """A token, and keys and values ``[layers, 1, heads, prompt, 64]`` of what came before."""
+    heads = max(1, config.hidden_size // 64)
+    shape = (config.num_hidden_layers, 1, heads, prompt, config.hidden_size // heads)
+    return torch.tensor([[5]]), torch.randn(shape), torch.randn(shape)
+
+
+class Step(torch.nn.Module):
+    """One step of a transformers model with its cache in tensors, for runtimes that know nothing of caches."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token: Any, keys: Any, values: Any) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for i in range(len(keys)):
+            cache.update(keys[i], values[i], i)
+        answer = self.model(
+            token, past_key_values=cache, position_ids=torch.full((1, 1), keys.shape[3]), use_cache=True
+        )
+        layers = cache_of(answer).layers
+        new = [torch.stack([getattr(layer, kind)[:, :, -1:] for layer in layers]) for kind in ("keys", "values")]
+        return answer.logits, *new
+
+
+def convert_rivals(config: Any, folder: Path, prompt: int) -> None:
+    """Write the Llama's step for the other runtimes, what is there already excepted."""
+    import nncf
+    import onnx
+    import openvino
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / STEP
+    if not source.exists():
+        step, inputs = Step(llama_like(config, torch.float32, attn_implementation="eager")), example(config, prompt)
+        torch.onnx.export(step, inputs, str(source), dynamo=False, opset_version=17)
+        del step
+    if not (folder / "onnxruntime-int8.onnx").exists():
+        quantize_dynamic(
+            source, folder / "onnxruntime-int8.onnx", weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"]
+        )
+    if not (folder / "onnxruntime-int4.onnx").exists():
+        quantizer = MatMulNBitsQuantizer(onnx.load(source), block_size=32, is_symmetric=True, accuracy_level=4)
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(folder / "onnxruntime-int4.onnx"))
+    modes = nncf.CompressWeightsMode
+    ways: dict[str, dict[str, Any]] = {
+        "int8": {"mode": modes.INT8_ASYM},
+        "int4": {"mode": modes.INT4_SYM, "group_size": 64, "ratio": 1.0, "all_layers": True},
+    }
+    for bits, options in ways.items():
+        if not (folder / f"OpenVINO-{bits}.xml").exists():
+            model = nncf.compress_weights(openvino.Core().read_model(source), **options)
+            openvino.save_model(model, folder / f"OpenVINO-{bits}.xml", compress_to_fp16=False)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process by a field of Linux's ``/proc/self/status``; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
+def makers(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name."""
+    config: Any = zoo.get_config(arguments.model)
+
+    def unpacked() -> Any:
+        torch.manual_seed(0)
+        return zoo.build(config).eval()
+
+    models: dict[str, Callable[[], Any]] = {
+        "zoo, packed": lambda: pack_bit_linears(unpacked()),
+        "zoo, packed, int8 embeddings": lambda: pack_bit_linears(unpacked(), int8_embeddings=True),
+        "zoo, unpacked": unpacked,
+        "Llama float32": partial(llama_like, config, torch.float32),
+        "Llama bfloat16": partial(llama_like, config, torch.bfloat16),
+    }
+    made = {name: (lambda make=make: Decoder(make(), arguments.prompt)) for name, make in models.items()}
+    for name in RIVALS if arguments.rivals else ():
+        made[f"Llama {name}"] = partial(Rival, config, arguments.rivals, name, arguments.prompt, arguments.threads)
+    return {name: make for name, make in made.items() if name not in arguments.without}
+
+
+def peak_of(name: str, arguments: argparse.Namespace) -> int:
+    """Peak memory, in bytes, of a process that loads one model from a file and decodes with it."""
+    command = [sys.executable, __file__, "--peak", name, "--model", arguments.model, "--prompt", str(arguments.prompt)]
+    if arguments.rivals:
+        command += ["--rivals", str(arguments.rivals)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "CI": "true"})
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(name: str, arguments: argparse.Namespace) -> None:
+    decoder = makers(arguments)[name]()
+    gc.collect()
+    if Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is held
+    decoder.seconds(3, time.perf_counter)
+    print(resident("VmHWM"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="matmulfree_370m")
     parser.add_argument("--prompt", type=int, default=64, help="tokens read first")
     parser.add_argument("--tokens", type=int, default=8, help="tokens decoded in a sample")
@@ -80,44 +242,43 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--without", nargs="*", default=[], help="rows to leave out, to save time and memory")
+    parser.add_argument("--rivals", type=Path, help="folder for the Llama in onnxruntime and OpenVINO")
+    parser.add_argument("--no-peak", action="store_true", help="do not measure memory in processes of their own")
+    parser.add_argument("--convert", action="store_true", help="fill the folder of --rivals, and measure nothing")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
-
     config: Any = zoo.get_config(arguments.model)
+    if arguments.peak:
+        print_peak(arguments.peak, arguments)
+        return
+    if arguments.rivals:
+        os.environ.setdefault("CI", "true")  # nncf reports its use elsewhere
+        convert_rivals(config, arguments.rivals, arguments.prompt)
+        if arguments.convert:
+            return
 
-    def unpacked() -> Any:
-        torch.manual_seed(0)
-        return zoo.build(config).eval()
-
-    makers: dict[str, Callable[[], Any]] = {
-        "zoo, packed": lambda: pack_bit_linears(unpacked()),
-        "zoo, unpacked": unpacked,
-        "Llama float32": lambda: llama_like(config, torch.float32),
-        "Llama bfloat16": lambda: llama_like(config, torch.bfloat16),
-    }
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
+    made = makers(arguments)
+    peaks = {} if arguments.no_peak else {name: peak_of(name, arguments) for name in made}
     decoders = {}
-    for name, make in makers.items():
-        if name not in arguments.without:
-            decoders[name] = Decoder(make(), arguments.prompt)
-            gc.collect()
+    for name, make in made.items():
+        decoders[name] = make()
+        gc.collect()
     whole = 4 * sum(p.numel() for p in zoo.build(config, device="meta").parameters())
-    timers = {name: (lambda each=each: each.seconds(arguments.tokens, clock)) for name, each in decoders.items()}
+    timers = {name: partial(each.seconds, arguments.tokens, clock) for name, each in decoders.items()}
     samples = in_turns(arguments.rounds, timers)
     first = statistics.median(next(iter(samples.values())))
     print(
         f"{arguments.model}, batch 1, {arguments.threads} threads, {arguments.clock} clock, torch {torch.__version__}"
     )
-    print("| model | tokens/s | spread (%) | time over the first | weights (MB) | state (MB) | of float32 |")
+    print("| model | tokens/s | spread (%) | time over the first | weights + state (MB) | of float32 | peak RSS (MB) |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, seconds in samples.items():
-        each, middle = decoders[name], statistics.median(seconds)
-        memory = each.weight_bytes + each.state_bytes
+        memory, middle = decoders[name].bytes, statistics.median(seconds)
         speed = f"{1 / middle:.2f} | {spread(seconds):.0f} | {middle / first:.2f}"
-        sizes = f"{each.weight_bytes / 1e6:.0f} | {each.state_bytes / 1e6:.2f} | {memory / whole:.3f}"
-        print(f"| {name} | {speed} | {sizes} |")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(f"Peak memory of the process, with all of these models: {peak:.0f} MB")
+        peak = f"{peaks[name] / 1e6:.0f}" if name in peaks else "-"
+        print(f"| {name} | {speed} | {memory / 1e6:.0f} | {memory / whole:.3f} | {peak} |")
 
 
 if __name__ == "__main__":

@@ -201,6 +201,27 @@ def test_bad_input(vit: nn.Module, example: Any, options: Any, error: Any, messa
     assert "\n" not in str(raised.value)
 
 
+@torch.no_grad()
+def test_language_models_are_packed(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model: Any = zoo.create_model("matmulfree_2m", hidden_size=64, num_hidden_layers=2).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    packed = search(model, engines=["packed"], precision="fp32")
+    assert packed.report.chosen.engine == "packed"
+    assert not any(isinstance(layer, nn.Linear) for layer in packed.model.modules())
+    assert torch.equal(packed(tokens), model(tokens).logits), "any number of tokens, exactly the same"
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(packed.generate(tokens, **options), model.generate(tokens, **options))
+    packed.save(tmp_path / "lm")
+    assert torch.equal(zoo.load_optimized(tmp_path / "lm")(tokens), packed(tokens))
+
+    tried = {(row.engine, row.status) for row in search(model, time_limit=20.0).report.rows}
+    assert {name for name, _ in tried} == {"eager", "packed"}, "forms, which can generate, and only those that fit"
+    with pytest.raises(ConfigError, match="Linear writes no text"):
+        search(nn.Linear(4, 2), torch.ones(1, 4), engines=["eager"]).generate(tokens)
+
+
 def test_models_that_cannot_be_optimised() -> None:
     x = torch.ones(1, 4)
     with pytest.raises(ConfigError, match="example is None"):

@@ -111,6 +111,28 @@ def test_refused_by_another_model(file: Path, model: Any, tmp_path: Path) -> Non
         save_packed(zoo.create_model(str(file)), tmp_path / "none" / "x.safetensors", NAME)
 
 
+@torch.no_grad()
+def test_int8_embeddings(model: Any, tmp_path: Path) -> None:
+    packed = zoo.create_model(NAME, **CONFIG).eval()
+    packed.load_state_dict(model.state_dict())
+    embedded = packed.model.embed_tokens(IDS)
+    pack_bit_linears(packed, int8_embeddings=True)
+    table = packed.model.embed_tokens
+    assert table.codes.dtype == torch.int8
+    assert not any(isinstance(layer, torch.nn.Embedding) for layer in packed.modules())
+    off = (table(IDS) - embedded).abs()
+    assert off.max() > 0
+    assert (off <= 0.501 / 127 * embedded.abs().amax(-1, keepdim=True)).all()
+
+    path = tmp_path / "int8.safetensors"
+    save_packed(packed, path, NAME)
+    assert torch.equal(zoo.create_model(str(path)).eval()(IDS).logits, packed(IDS).logits)
+    half = zoo.create_model(str(path), dtype=torch.bfloat16)
+    assert half.model.embed_tokens(IDS).dtype == torch.bfloat16
+    with pytest.raises(WeightsError, match=r"embeddings as 'int4'; expected 'int8'"):
+        zoo.create_model(str(damaged(path, embeddings="int4")))
+
+
 def test_command(model: Any, tmp_path: Path) -> None:
     from zoo.atomic import save_safetensors
 

@@ -124,6 +124,9 @@ def pack(
     ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     checkpoint: Annotated[str, typer.Option(help="Weights in a file or place, instead of those of the tag.")] = "",
+    int8_embeddings: Annotated[
+        bool, typer.Option("--int8-embeddings", help="Round embeddings to 8 bits too, which changes answers a little.")
+    ] = False,
 ) -> None:
     """Pack ternary weights at two bits each; create_model and `zoo generate` take the file."""
     from zoo.factory import create_model
@@ -138,7 +141,7 @@ def pack(
         weights = find_weights(name)
         name = weights.name
         described = {"licence": weights.licence, **({"tokenizer": weights.tokenizer} if weights.tokenizer else {})}
-    save_packed(pack_bit_linears(model), out, name, metadata=described)
+    save_packed(pack_bit_linears(model, int8_embeddings=int8_embeddings), out, name, metadata=described)
     after = out.stat().st_size
     print(f"{out}: {after / 1e6:.1f} MB, {before / after:.1f} times less than {before / 1e6:.1f} MB")
 

@@ -244,9 +244,9 @@ def optimize(
 
     Args:
         model: Any module whose inputs and outputs are tensors.
-        example: Its input, or inputs, in the shapes and dtypes that are to be fast; by default one picture of its nominal
-            size for an image model of the zoo. A language model needs none: it is then tried in the forms that can
-            still generate, on a short prompt.
+        example: Its input, or inputs, in the shapes and dtypes that are to be fast; for an image model of the zoo, one
+            picture of its nominal size by default. A language model needs none: it is then tried on a short prompt, in
+            the forms that can still generate.
         target: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``, or several, are tried besides fp32; ``"auto"`` is
             fp32, bf16 where the target computes in it, and int8 where there are pictures to calibrate with.

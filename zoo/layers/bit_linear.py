@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, WeightsError
+from zoo.layers.embedding import Int8Embedding
 from zoo.ops.bit_linear import bit_linear, pack_weight, packed_bit_linear
 
 
@@ -74,6 +75,11 @@ class PackedBitLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def _put(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
 def replace_bit_linears(model: nn.Module, replacement: Callable[[BitLinear], nn.Module]) -> nn.Module:
     """Put, in place, what ``replacement`` gives wherever there is a :class:`BitLinear`; all or, if it raises, none.
 
@@ -91,16 +97,28 @@ def replace_bit_linears(model: nn.Module, replacement: Callable[[BitLinear], nn.
         except WeightsError as error:
             raise WeightsError(f"{name}: {error}") from error
     for name, new in replaced.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        _put(model, name, new)
     return model
 
 
-def pack_bit_linears(model: nn.Module) -> nn.Module:
+def replace_embeddings(model: nn.Module, replacement: Callable[[nn.Embedding], nn.Module]) -> nn.Module:
+    """Put, in place, what ``replacement`` gives wherever there is an embedding."""
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Embedding]:
+        _put(model, name, replacement(layer))
+    return model
+
+
+def pack_bit_linears(model: nn.Module, *, int8_embeddings: bool = False) -> nn.Module:
     """Put, in place, a :class:`PackedBitLinear` wherever there is a :class:`BitLinear`; for inference. Gives the model.
+
+    Args:
+        model: With ternary layers; answers as before.
+        int8_embeddings: Round embeddings to 8 bits too (:class:`~zoo.layers.embedding.Int8Embedding`), which changes
+            answers a little. They are most of what a packed model takes.
 
     Raises:
         ConfigError: If there is no BitLinear in it.
         WeightsError: If there is NaN or infinity in the weights of one; nothing is replaced then.
     """
-    return replace_bit_linears(model, PackedBitLinear.of)
+    replace_bit_linears(model, PackedBitLinear.of)
+    return replace_embeddings(model, Int8Embedding.of) if int8_embeddings else model

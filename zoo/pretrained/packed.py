@@ -1,8 +1,8 @@
 """Files of packed models: ternary weights at two bits each, and a header that says of which model they are.
 
 Such a file is safetensors under the names of the packed model (:func:`zoo.layers.pack_bit_linears`), with ``model``,
-``tag`` and ``config`` in its header as in every file of zoo's, and ``packing``. ``create_model`` takes it wherever it
-takes weights, and gives the packed model.
+``tag`` and ``config`` in its header as in every file of zoo's, and ``packing``; ``embeddings`` is "int8" where those
+are rounded too. ``create_model`` takes it wherever it takes weights, and gives the packed model.
 """
 
 import json
@@ -16,7 +16,8 @@ import zoo
 from zoo.atomic import save_safetensors
 from zoo.config import ModelConfig
 from zoo.errors import WeightsError, nearest
-from zoo.layers.bit_linear import BitLinear, PackedBitLinear, replace_bit_linears
+from zoo.layers.bit_linear import BitLinear, PackedBitLinear, replace_bit_linears, replace_embeddings
+from zoo.layers.embedding import Int8Embedding
 from zoo.pretrained.files import read_header
 from zoo.pretrained.load import is_pickle
 from zoo.pretrained.source import overrides_of
@@ -47,6 +48,8 @@ def save_packed(model: nn.Module, path: str | Path, name: str, *, metadata: Mapp
         "config": json.dumps(overrides_of(config_of(model), variant)),
         "packing": PACKING,
     }
+    if any(isinstance(module, Int8Embedding) for module in model.modules()):
+        described["embeddings"] = "int8"
     try:
         save_safetensors(model.state_dict(), path, {**described, **(metadata or {})})
     except OSError as error:
@@ -89,7 +92,13 @@ def expect_packed(model: nn.Module, path: Path) -> bool:
         with torch.device("meta"):
             return PackedBitLinear(layer.in_features, layer.out_features, eps=layer.norm.eps or 0.0)
 
+    embeddings = metadata.get("embeddings")
+    if embeddings not in (None, "int8"):
+        raise WeightsError(f"{path}: embeddings as {embeddings!r}; expected 'int8', or nothing said of them.")
     replace_bit_linears(model, empty)
+    if embeddings is not None:
+        with torch.device("meta"):
+            replace_embeddings(model, lambda layer: Int8Embedding(layer.num_embeddings, layer.embedding_dim))
     return True
 
 
