@@ -276,7 +276,8 @@ def test_kernels_are_exact() -> None:
     """In int32, on every instruction set that this processor has, at the largest sums that there are."""
     need_kernel()
     ops = torch.ops.zoo_cpu
-    for columns, rows, tokens in ((1, 1, 1), (31, 5, 3), (64, 8, 4), (513, 9, 5), (7000, 6, 2)):
+    one_token = ((1, 1, 1), (130, 10, 1), (577, 21, 1), (2**17, 7, 1))  # of which several rows may be taken at once
+    for columns, rows, tokens in (*one_token, (31, 5, 3), (64, 8, 4), (513, 9, 5), (7000, 6, 2)):
         ternary = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(0))
         codes = torch.randint(-128, 128, (tokens, columns), generator=torch.Generator().manual_seed(1))
         ones = torch.ones_like(ternary)
@@ -299,6 +300,13 @@ def test_codes_are_the_references() -> None:
     assert_close(step, expected_step)
     packed, scale = pack_weight(weight)
     assert torch.equal(torch.ops.zoo_cpu.pack_ternary(weight, scale), packed)
+
+
+def test_more_inputs_than_sums_are_exact_for() -> None:
+    weight = torch.zeros(1, 2**17 + 1)
+    for refused in (lambda: pack_weight(weight), lambda: bit_linear(weight, weight, weight[0])):
+        with pytest.raises(ShapeError, match="The weight has 131073 inputs; expected at most 131072"):
+            refused()
 
 
 def test_packing_refuses_nan() -> None:
