@@ -11,6 +11,7 @@ Each model has processes of its own, in which torch and timm are imported before
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -80,6 +81,7 @@ def measured(name: str) -> dict[str, Any]:
         for flops in FACTORS:
             counts_of.cache_clear()
             shapes.forget()
+            gc.collect()  # of what was forgotten
             begin = time.perf_counter()
             try:
                 found = fit(name, rule, flops=flops)

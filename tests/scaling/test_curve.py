@@ -10,6 +10,7 @@ import pytest
 import zoo
 from zoo.analysis.scaling import growth, write
 from zoo.cli import main
+from zoo.scaling.solver import measure_latency
 
 
 def run(*arguments: str) -> int:
@@ -41,6 +42,11 @@ def test_time_is_measured(tmp_path: Path) -> None:
     config = zoo.get_config("efficientvit_m0").override(img_size=64)
     (row,) = growth(config, ("width",), (1.0,))
     assert row["latency_ms"] > 0
+
+
+def test_language_models_are_measured_too() -> None:
+    config = zoo.get_config("matmulfree_2m").override(hidden_size=64, num_hidden_layers=1)
+    assert measure_latency(config) > 0
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

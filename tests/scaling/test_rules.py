@@ -3,6 +3,7 @@
 import math
 import random
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,33 @@ def test_lowformers_convolutions_keep_their_kind() -> None:
 def test_a_given_size() -> None:
     found = fit("efficientvit_m0", "fast", flops=3.0, img_size=256)
     assert found.config.img_size == 256
+    assert found.met
+
+
+def test_latency_is_predicted_first_where_the_machine_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made predictions, 30 % too low, and made measurements: three of them at most, whatever was predicted."""
+    measured: list[zoo.ModelConfig] = []
+
+    def measure(config: zoo.ModelConfig, device: str) -> float:
+        assert device == "cpu"
+        measured.append(config)
+        return 1.3e-8 * counts_of(config).macs
+
+    monkeypatch.setattr("zoo.scaling.solver.measure_latency", measure)
+    monkeypatch.setattr("zoo.analysis.calibrate.predict_latency_ms", lambda config: 1e-8 * counts_of(config).macs)
+    found = fit("efficientnet_b0", "fast", latency_ms=8.0)
+    assert 1 <= len(measured) <= 3
+    assert found.config in measured
+    assert (found.quantity, found.target) == ("latency_ms", 8.0)
+    assert found.achieved == 1.3e-8 * counts_of(found.config).macs
+    assert found.met
+
+
+def test_latency_without_a_calibration_is_measured_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("zoo.analysis.calibrate.cache_folder", lambda *_: tmp_path)
+    monkeypatch.setattr("zoo.scaling.solver.measure_latency", lambda config, _: 1e-8 * counts_of(config).macs)
+    found = fit("efficientnet_b0", "fast", latency_ms=8.0)
+    assert found.achieved == 1e-8 * counts_of(found.config).macs
     assert found.met
 
 
