@@ -82,6 +82,7 @@ def _reduced(recipe: Recipe, data: Path) -> Recipe:
         "distill.start": 0.0,
         "schedule.epochs": 1,
         "schedule.warmup_epochs": 0,
+        "schedule.decay_epochs": min(recipe.schedule.decay_epochs, 1.0),
         "train.batch_size": 4,
         "train.sync_bn": False,
         "train.precision": "fp32",
