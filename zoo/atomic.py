@@ -57,6 +57,16 @@ def save_safetensors(
         file.write(data)
 
 
+def load_safetensors(path: str | Path) -> "dict[str, Tensor]":
+    """The tensors of a file that zoo wrote, by name, read and not mapped.
+
+    What is mapped changes with the file, and ends the process when somebody cuts the file short.
+    """
+    from safetensors.torch import load_file
+
+    return load_file(path, backend="pread")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut, where the system can."""
     if os.name != "posix":

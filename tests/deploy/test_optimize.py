@@ -1,6 +1,7 @@
 """zoo.optimize, what it says, what it saves, and what it survives."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def pictures() -> Tensor:
 
 
 def search(model: nn.Module, *args: Any, **options: Any) -> Any:
-    return zoo.optimize(model, *args, **{"time_limit": PATIENT, "rounds": 3, "threads": 1, **options})
+    """In fp32 unless a test asks for more: whether "auto" means bf16 too depends on the CPU."""
+    defaults = {"precision": "fp32", "time_limit": PATIENT, "rounds": 3, "threads": 1}
+    return zoo.optimize(model, *args, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -111,30 +114,50 @@ def test_other_inputs_are_refused(fast: Any, pictures: Tensor) -> None:
         fast(pictures[:1], pictures[:1])
 
 
-def check_saved_and_loaded(engine: str, model: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
-    saved = search(model, pictures[:2], engines=[engine])
-    assert saved.report.chosen.engine == engine
+def check_saved_and_loaded(saved: Any, model: nn.Module, pictures: Tensor, tmp_path: Path, atol: float = 1e-4) -> None:
     saved.save(tmp_path / "fast")
     saved.save(tmp_path / "fast")  # over itself
     loaded = zoo.load_optimized(tmp_path / "fast")
     assert torch.equal(loaded(pictures[:2]), saved(pictures[:2]))
-    assert (loaded(pictures[2:4]) - eval_of(model, pictures[2:4])).abs().max() < 1e-4
+    assert (loaded(pictures[2:4]) - eval_of(model, pictures[2:4])).abs().max() < atol
     assert str(loaded.report) == str(saved.report)
     loaded.save(tmp_path / "again")
     assert torch.equal(zoo.load_optimized(tmp_path / "again")(pictures[:2]), saved(pictures[:2]))
     for file in tmp_path.rglob("*"):
         assert file.is_dir() or not file.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04")), "a pickle"
     assert not list(tmp_path.glob(".*")), "something was left behind"
+    for file in (tmp_path / "fast").iterdir():  # by somebody else, while it is in use
+        os.truncate(file, 0)
+    assert torch.equal(loaded(pictures[:2]), saved(pictures[:2]))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engines_are_saved_and_loaded(engine: str, model: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
-    check_saved_and_loaded(engine, model, pictures, tmp_path)
+    saved = search(model, pictures[:2], engines=[engine])
+    assert saved.report.chosen.engine == engine
+    check_saved_and_loaded(saved, model, pictures, tmp_path)
+
+
+def test_bf16_is_saved_and_loaded(
+    model: nn.Module, pictures: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.deploy.optimize.FP32_TOLERANCE", 0.0)  # OpenVINO's fp32 is wrong then, however fast it is
+    saved = search(model, pictures[:2], engines=["openvino"], precision=["fp32", "bf16"])
+    rows = {(row.engine, row.precision): row for row in saved.report.rows}
+    assert rows["openvino", "fp32"].status == "wrong"
+    if rows["openvino", "bf16"].status == "skipped":
+        assert rows["openvino", "bf16"].note == "this CPU does not compute in bf16"
+        pytest.skip("this CPU does not compute in bf16")
+    assert 1e-4 < rows["openvino", "bf16"].error < 1e-2
+    assert saved.report.chosen is rows["openvino", "bf16"]
+    check_saved_and_loaded(saved, model, pictures, tmp_path, atol=1e-2)
 
 
 @pytest.mark.parametrize("form", ["eager", "fused", "channels-last"])
 def test_forms_are_saved_and_loaded(form: str, vit: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
-    check_saved_and_loaded(form, vit, pictures, tmp_path)
+    saved = search(vit, pictures[:2], engines=[form])
+    assert saved.report.chosen.engine == form
+    check_saved_and_loaded(saved, vit, pictures, tmp_path)
 
 
 class Two(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.analysis.benchmark import machine
-from zoo.atomic import save_safetensors, write_atomically
+from zoo.atomic import load_safetensors, save_safetensors, write_atomically
 from zoo.deploy import forms
 from zoo.deploy.engines import BUILT_HERE, Job, get_engine
 from zoo.deploy.program import tensors_of
@@ -192,11 +192,9 @@ def rebuild_form(folder: Path, config: str, job: Job) -> nn.Module:
     Raises:
         ExportError: If they do not fit what zoo builds from the config.
     """
-    from safetensors.torch import load_file
-
     module = forms.make(job.engine, build(config_from_json(config)).eval(), job.precision)
     try:
-        module.load_state_dict(load_file(folder / TENSORS))
+        module.load_state_dict(load_safetensors(folder / TENSORS))
     except RuntimeError as error:
         raise ExportError(
             f"The tensors do not fit the model that zoo builds from its config ({reason(error)}): it was changed after "
@@ -239,15 +237,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _verified(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     """Check every file against its hash, and read the stored check."""
-    from safetensors.torch import load_file
-
     for name, sha256 in manifest["files"].items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise ExportError(f"{path} is not whole: {name} is missing. Optimise the model again.")
         if sha256_of(file) != sha256:
             raise ExportError(f"{file} is not what was saved: its hash differs. Optimise the model again.")
-    return load_file(path / CHECK)
+    return load_safetensors(path / CHECK)
 
 
 def versions(job: Job) -> dict[str, str]:

@@ -191,6 +191,7 @@ class OpenVino(Engine):
             "INFERENCE_NUM_THREADS": job.threads,
             "INFERENCE_PRECISION_HINT": hint,
             "CPU_DENORMALS_OPTIMIZATION": True,
+            "ENABLE_MMAP": False,  # a mapped file that somebody cuts short ends the process
         }
         request = openvino.Core().compile_model(folder / "model.xml", "CPU", settings).create_infer_request()
 

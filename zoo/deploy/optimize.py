@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.analysis.benchmark import compare, measure
-from zoo.atomic import save_safetensors
+from zoo.atomic import load_safetensors, save_safetensors
 from zoo.config import ImageConfig, TextConfig
 from zoo.deploy import forms
 from zoo.deploy.artefact import TENSORS, describe, save_artefact, save_tensors
@@ -602,9 +602,7 @@ class _Worker:
             row.status, row.note = "failed", answer["error"]
             return
         row.build_s = answer["build_s"]
-        from safetensors.torch import load_file
-
-        stored = load_file(self.folder / "outputs.safetensors")
+        stored = load_safetensors(self.folder / "outputs.safetensors")
         answers = [
             [stored[f"{i}.{k}"] for k in range(len(expected)) if f"{i}.{k}" in stored]
             for i, expected in enumerate(search.expected)

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from zoo.atomic import save_safetensors, write_atomically
+from zoo.atomic import load_safetensors, save_safetensors, write_atomically
 from zoo.deploy.engines import BUILT_HERE, Job, get_engine, silence_telemetry
 from zoo.errors import reason
 
@@ -18,7 +18,6 @@ from zoo.errors import reason
 def main(folder: Path) -> None:
     """Build, load and run what ``job.json`` asks for; an error is an answer too."""
     import torch
-    from safetensors.torch import load_file
 
     silence_telemetry()
     work = json.loads((folder / "job.json").read_text(encoding="utf-8"))
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
         built = time.perf_counter()
         run = engine.load(folder / BUILT_HERE, job)
         device = torch.device(job.target)
-        stored = load_file(work["inputs"])
+        stored = load_safetensors(work["inputs"])
         outputs = {}
         for i in range(work["checks"]):
             inputs = [stored[f"{i}.{k}"].to(device) for k in range(work["arity"])]
