@@ -16,7 +16,7 @@ from zoo.layers.init import skip_init
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.convert import adapt_layout
 from zoo.pretrained.fetch import fetch
-from zoo.pretrained.load import fit_state_dict, load_state_dict
+from zoo.pretrained.load import fit_state_dict, load_state_dict, walk
 from zoo.pretrained.manifest import Weights, get_weights, list_weights
 from zoo.pretrained.packed import check_codes, expect_packed
 from zoo.pretrained.source import find_weights, is_source, weights_file
@@ -154,13 +154,19 @@ def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device
     if device.type == "meta":
         raise ConfigError("device is 'meta', which holds no values; expected a real device to load weights.")
     family = get_family(family_name(variant))
-    packed = expect_packed(model, path)
-    fit_state_dict(model, adapt_layout(load_state_dict(path, device, mapped=mapped), family, model), family)
+    state = load_state_dict(path, device, mapped=mapped)
+    packed = any(name.endswith(".packed") for name in state) and expect_packed(model, path)
+    fit_state_dict(model, adapt_layout(state, family, model), family)
     if packed:
         check_codes(model, path)
     if device.type != "cpu":
         model.to(device)  # the buffers that are in no file, which are made on the CPU
-    stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    stranded = [
+        prefix + name
+        for prefix, module in walk(model)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_meta
+    ]
     assert not stranded, f"{family.name} must create {stranded} on the CPU when it is built on the meta device"
 
 

@@ -303,6 +303,13 @@ def test_batch_norms_folded_by_hand(name: str, randomise: Any) -> None:
         assert (again(images) - expected).abs().max() <= 2e-5 * max(1.0, expected.std())
 
 
+@pytest.mark.parametrize("name", ["efficientvit_m0", "lowformer_b0", "tinynet_e"])
+def test_what_fuse_leaves_is_refused(name: str) -> None:
+    state = zoo.create_model(name).eval().fuse().state_dict()
+    with pytest.raises(WeightsError, match=r"Not a state dict of .*It has no batch norms, as after fuse\(\)"):
+        convert_state_dict(state, name)
+
+
 def test_some_missing_batch_norms_are_not_taken_for_folded_ones(zoo_state: dict[str, Tensor]) -> None:
     state = {key: tensor for key, tensor in zoo_state.items() if not key.startswith("head.bn.")}
     with pytest.raises(WeightsError, match=r"0 unknown, 5 keys \(head\.bn\.weight"):

@@ -69,6 +69,21 @@ def test_cut_in_the_middle_is_continued(hub: Any, client: Any) -> None:
     assert ranges == [None, f"bytes={piece}-", f"bytes={2 * piece}-"]
 
 
+def test_killed_in_the_middle_starts_anew(hub: Any, client: Any) -> None:
+    hub.add(REPO, {FILE: CONTENT})
+    hub.fail(FILE, cut_after=100_000, hang=60.0)
+    client.setup = "pauses = []\n"
+    killed = client.start(HUB)
+    deadline = time.monotonic() + 60
+    while not hub.downloads():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    assert Path(client.run(HUB)).read_bytes() == CONTENT
+    assert "Range" not in hub.requests[-1][2]  # huggingface_hub continues within a process only
+
+
 def test_cut_again_and_again_is_an_error_and_leaves_nothing(hub: Any, client: Any, commit: str) -> None:
     hub.fail(FILE, cut_after=0, times=1000)
     assert "refused: Cannot fetch model.safetensors from the Hub repository owner/model (main)" in client.run(HUB)

@@ -1,6 +1,7 @@
 """zoo.pretrained.load: files that are what they should be, and those that are not."""
 
 import hashlib
+import json
 import logging
 import socket
 from pathlib import Path
@@ -16,6 +17,7 @@ from zoo.errors import WeightsError
 from zoo.pretrained import manifest
 from zoo.pretrained.convert import to_authors
 from zoo.pretrained.fetch import fetch
+from zoo.pretrained.files import forget_verified
 from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.registry import get_family
 
@@ -53,6 +55,45 @@ def test_mapping_reads_the_same(file: Path, state: dict[str, Tensor]) -> None:
     assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
     loaded["head.linear.weight"].zero_()  # the file stays as it is
     assert torch.equal(load_state_dict(file)["head.linear.weight"], state["head.linear.weight"])
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4, 8, 16, 40])
+def test_wherever_tensors_lie_in_a_file(shift: int, file: Path, state: dict[str, Tensor]) -> None:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    file.write_bytes((length + shift).to_bytes(8, "little") + data[8 : 8 + length] + b" " * shift + data[8 + length :])
+    loaded = load_state_dict(file, mapped=True)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], tensor) and loaded[key].is_contiguous() for key, tensor in state.items())
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values() if tensor.ndim != 4)
+    assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in loaded.values())
+
+
+def test_a_mapped_file_is_checked_once_and_again_when_it_changes(
+    file: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+    monkeypatch.setattr("zoo.pretrained.load.check_finite", lambda state, path: checked.append(path))
+    for _ in range(2):
+        load_state_dict(file, mapped=True)
+    assert checked == [file]
+    load_state_dict(file)  # what is not of the cache always is
+    assert checked == [file] * 2
+    save_safetensors(state, file)
+    load_state_dict(file, mapped=True)
+    assert checked == [file] * 3
+    forget_verified()
+    load_state_dict(file, mapped=True)
+    assert checked == [file] * 4
+
+
+@pytest.mark.parametrize("dtype, size", [("U16", 4), ("C64", 16), ("F8_E4M3", 2)])
+def test_a_kind_of_number_that_zoo_does_not_use(dtype: str, size: int, tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, size]}})
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(size))
+    with pytest.raises(WeightsError, match=f"a is of dtype {dtype}; expected one of F64, F32"):
+        load_state_dict(file, mapped=True)
 
 
 def test_a_model_from_a_users_file_does_not_change_with_it(file: Path, state: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from zoo.atomic import save_safetensors
 from zoo.config import ModelConfig
 from zoo.errors import WeightsError, reason
 from zoo.pretrained.files import sha256_of
-from zoo.pretrained.load import check_finite, is_pickle, listed, load_state_dict
+from zoo.pretrained.load import check_finite, is_pickle, listed, load_state_dict, walk
 from zoo.pretrained.manifest import get_weights
 from zoo.registry import Family, config_of, family_name, get_config, get_family, split_name
 
@@ -73,6 +73,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str, **overrides: An
     if unknown or missing:
         raise WeightsError(
             f"Not a state dict of {found.owner}{name}: {listed(unknown)} unknown, {listed(missing)} missing."
+            f"{_if_fused(state, own)}"
         )
     for key, tensor in found.state.items():
         if own[key].is_floating_point() and not tensor.is_floating_point():
@@ -81,9 +82,17 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str, **overrides: An
             raise WeightsError(
                 f"Not a state dict of {found.owner}{name}: {found.origin.get(key, key)} is {list(tensor.shape)}, "
                 f"expected {list(own[key].shape)}. A model of other classes or another size needs its config fields, "
-                "for example num_classes=10."
+                f"for example num_classes=10.{_if_fused(state, own)}"
             )
     return found.state
+
+
+def _if_fused(state: Iterable[str], own: Iterable[str]) -> str:
+    """What to say of a state dict without batch norms that does not fit a model with them."""
+    statistic = "running_var"
+    if any(key.endswith(statistic) for key in state) or not any(key.endswith(statistic) for key in own):
+        return ""
+    return " It has no batch norms, as after fuse(), which merges more than can be taken apart: save it before."
 
 
 def adapt_layout(state_dict: Mapping[str, Tensor], family: Family, model: nn.Module) -> dict[str, Tensor]:
@@ -168,7 +177,7 @@ def _unfold_batch_norms(state: dict[str, Tensor], model: nn.Module) -> dict[str,
     Two ways of folding are known: the layer that does both stands under the name of the pair, or under its own, with a
     bias. A bias that it did not have shows that it was folded; otherwise, that there is no batch norm left at all.
     """
-    norms = {path for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {prefix[:-1] for prefix, module in walk(model) if isinstance(module, _BatchNorm)}
     folded = {path for path in norms if f"{path}.running_var" not in state}
     if not folded:
         return state
@@ -411,7 +420,7 @@ class _Converter:
 
     to_zoo: _Renamer
     to_authors: _Renamer
-    computed: tuple[str, ...]  # patterns
+    computed: re.Pattern[str] | None
     trailing_ones: Mapping[str, int]  # by pattern
     permute: Mapping[str, list[int]]  # by pattern
     copies: tuple[tuple[str, str], ...] = ()  # prefixes of a shared tensor's further names, and of its first
@@ -422,6 +431,8 @@ class _Converter:
         Raises:
             WeightsError: If what should be one tensor is not.
         """
+        if not self.copies:
+            return dict(state)
         kept = {}
         for key, tensor in state.items():
             first = self._first_name(key)
@@ -454,7 +465,7 @@ class _Converter:
 
     def is_computed(self, key: str) -> bool:
         """Whether zoo computes this entry of the authors' files."""
-        return any(fnmatchcase(key, pattern) for pattern in self.computed)
+        return self.computed is not None and self.computed.fullmatch(key) is not None
 
     def permuted(self, key: str, tensor: Tensor) -> Tensor:
         """A tensor of the authors, its dimensions in zoo's order."""
@@ -494,7 +505,7 @@ def _converter(family: Family, config: ModelConfig) -> _Converter | None:
             [(ours, theirs) for theirs, ours in inner],
             {ours: theirs for theirs, ours in segments.items()},
         ),
-        tuple(document.get("computed", ())),
+        re.compile("|".join(map(translate, document["computed"]))) if "computed" in document else None,
         document.get("trailing_ones", {}),
         document.get("permute", {}),
     )
@@ -510,7 +521,7 @@ def _by_layout(pairs: list[tuple[str, str]]) -> _Converter:
         (theirs.removesuffix("*"), first[ours].removesuffix("*")) for theirs, ours in pairs if first[ours] != theirs
     )
     reverse = [(ours, theirs) for theirs, ours in names]
-    return _Converter(_Renamer(names, (), {}), _Renamer(reverse, (), {}), (), {}, {}, copies)
+    return _Converter(_Renamer(names, (), {}), _Renamer(reverse, (), {}), None, {}, {}, copies)
 
 
 def _blueprint(name: str, overrides: Mapping[str, Any]) -> tuple[Family, Any]:

@@ -5,6 +5,7 @@ What comes from the Hub is in huggingface_hub's cache. Beside it, in ``$HF_HOME/
     downloads/<sha256>/<file>         fetched from a URL
     converted/<model.tag>.safetensors   converted from the authors' file
     verified/<sha256>                 which file was last found to have this hash
+    verified/sound-<sha256 of path>   the same for one whose header describes it and whose values are numbers
     built/<sha256>                    machine code of an optimised model that was built here
 """
 
@@ -44,11 +45,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ValueError(f"{key[:100]!r} is in it twice")
-        table[key] = value
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)[:100]!r} is in it twice")
     return table
 
 
@@ -64,25 +64,35 @@ def has_sha256(path: Path, sha256: str) -> bool:
     "As it was" is what the file system says: same place, size, and times of its last write and of its last change of
     any kind, which programs cannot set. ``zoo weights verify`` does not rely on it.
     """
-    mark, state = cache_folder("verified") / sha256, _state_of(path)
-    try:
-        if mark.read_text() == state:
-            return True
-    except (OSError, ValueError):
-        pass  # not verified before
+    if is_remembered(sha256, path):
+        return True
     if sha256_of(path) != sha256:
         return False
-    try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(mark) as file:
-            file.write(state.encode())
-    except OSError:
-        pass  # a cache that cannot be written only costs time
+    remember(sha256, path)
     return True
 
 
+def is_remembered(fact: str, path: Path) -> bool:
+    """Whether a file is as it was when :func:`remember` was told this fact about it."""
+    try:
+        return (cache_folder("verified") / fact).read_text() == _state_of(path)
+    except (OSError, ValueError):
+        return False
+
+
+def remember(fact: str, path: Path) -> None:
+    """Remember a fact about a file for as long as it stays as it is."""
+    mark = cache_folder("verified") / fact
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(mark) as file:
+            file.write(_state_of(path).encode())
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+
+
 def forget_verified() -> None:
-    """Have :func:`has_sha256` compute every hash anew."""
+    """Have everything that :func:`remember` was told checked anew."""
     for mark in cache_folder("verified").glob("*"):
         mark.unlink(missing_ok=True)
 

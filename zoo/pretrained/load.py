@@ -3,23 +3,26 @@
 Every file is safetensors: reading one runs no code. A pickle is recognised by its content and refused.
 """
 
+import hashlib
 import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zoo.errors import WeightsError, reason
 from zoo.layers.bit_linear import PackedBitLinear
 from zoo.layers.init import reset_parameters
-from zoo.pretrained.files import read_header
+from zoo.pretrained.files import is_remembered, read_header, remember
+from zoo.pretrained.mapped import map_tensors
 from zoo.registry import Family
 
 _logger = logging.getLogger(__name__)
@@ -31,8 +34,9 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", *, map
     Args:
         path: The file.
         device: Where the tensors are to be.
-        mapped: Map the file into memory instead of reading it, which copies nothing. Only for files that nobody writes
-            to, such as those of a cache: the tensors would change with the file, or crash when it is cut short.
+        mapped: Map what can be mapped into memory instead of reading it; that the file passed the checks is remembered
+            while it stays as it is. On the CPU only, and only for files that nobody writes to, such as those of a
+            cache: the tensors would change with the file, or crash when it is cut short.
 
     Raises:
         WeightsError: If there is no such file, or it is damaged, or it is not safetensors, or not all of it is finite
@@ -44,14 +48,23 @@ def load_state_dict(path: str | Path, device: str | torch.device = "cpu", *, map
             f"{path}: a pickle, which can run any code when it is read; expected safetensors. If you trust where it "
             "comes from, convert it once: zoo weights convert MODEL --source FILE --out FILE.safetensors"
         )
-    read_header(path)  # of two tensors with one name, safetensors takes the last
+    mapped = mapped and torch.device(device).type == "cpu"
+    fact = f"sound-{hashlib.sha256(str(path).encode()).hexdigest()}"
+    known = mapped and is_remembered(fact, path)
+    header = read_header(path)  # of two tensors with one name, safetensors takes the last
     try:
-        state = load_file(path, device=str(device), backend="mmap" if mapped else "pread")
+        if mapped and not known:
+            with safe_open(path, framework="pt"):
+                pass  # it has checked that the tensors are as large as they should be and fill the file, one by one
+        state = map_tensors(path, header) if mapped else load_file(path, device=str(device), backend="pread")
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise WeightsError(
             f"{path}: not a whole safetensors file, perhaps a download cut short ({reason(error)})."
         ) from error
-    check_finite(state, path)
+    if not known:
+        check_finite(state, path)
+    if mapped and not known:
+        remember(fact, path)
     return state
 
 
@@ -116,9 +129,15 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
         WeightsError: If anything else is missing, left over or of another shape; names the keys.
     """
     example = next(model.parameters())
-    scales = {f"{name}.scale" for name, layer in model.named_modules() if isinstance(layer, PackedBitLinear)}
+    places = _places(model)
+    packed = any(name.endswith(".packed") for name in places)
+    modules = model.named_modules() if packed else ()
+    scales = {f"{name}.scale" for name, layer in modules if isinstance(layer, PackedBitLinear)}
+    dtype = example.dtype
     state = {
-        name: tensor.to(example.dtype) if tensor.is_floating_point() and name not in scales else tensor
+        name: tensor
+        if tensor.dtype is dtype or not tensor.dtype.is_floating_point or name in scales
+        else tensor.to(dtype)
         for name, tensor in state.items()
     }
     _fit_input(model, state, family.first_conv)
@@ -127,25 +146,73 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
     for target, origin in getattr(model, "all_tied_weights_keys", {}).items():  # of which transformers saves one
         if target not in state and origin in state:
             state[target] = state[origin]
-    others = [name for name, tensor in state.items() if not tensor.is_floating_point()]
-    parameters = dict(model.named_parameters()) if others else {}
-    if others := [name for name in others if name in parameters]:
-        raise WeightsError(f"{listed(others)}: {state[others[0]].dtype}, expected {example.dtype}.")
+    others = [name for name, tensor in state.items() if not tensor.dtype.is_floating_point]
+    if others := [name for name in others if name in places and places[name].is_parameter]:
+        raise WeightsError(f"{listed(others)}: {state[others[0]].dtype}, expected {dtype}.")
     try:
-        result = model.load_state_dict(state, strict=False, assign=example.is_meta)
+        fits = example.is_meta and _assign(places, state)
+        result = None if fits else model.load_state_dict(state, strict=False, assign=example.is_meta)
     except RuntimeError as error:  # shapes that differ; it lists them all
         misfits = re.findall(r"size mismatch for ([^:]+):", str(error))
         if not misfits:
             raise
         problem = f"{listed(misfits)} of another shape"
     else:
-        if not result.missing_keys and not result.unexpected_keys:
+        if result is None or not (result.missing_keys or result.unexpected_keys):
             if getattr(model, "all_tied_weights_keys", None):
                 model.tie_weights()  # type: ignore[operator]
             return
         problem = f"{listed(result.unexpected_keys)} unused, {listed(result.missing_keys)} missing"
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or family.title
     raise WeightsError(f"Checkpoint does not fit {name}: {problem}.")
+
+
+class _Place(NamedTuple):
+    """Where an entry of the state dict belongs."""
+
+    table: dict[str, Any]  # of a module's parameters or buffers
+    key: str
+    is_parameter: bool
+
+
+def walk(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Every module with the start of its entries' names; ``named_modules`` takes three times as long."""
+    found = [(prefix, module)]
+    for name, child in module._modules.items():
+        if child is not None:
+            found += walk(child, f"{prefix}{name}.")
+    return found
+
+
+def _places(model: nn.Module) -> dict[str, _Place]:
+    """The entries of a model's state dict, without the tensors."""
+    places: dict[str, _Place] = {}
+    for prefix, module in walk(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places[prefix + key] = _Place(module._parameters, key, True)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                places[prefix + key] = _Place(module._buffers, key, False)
+    return places
+
+
+def _assign(places: Mapping[str, _Place], state: Mapping[str, Tensor]) -> bool:
+    """Put tensors in the places of a model's own, where there is one of its shape for each and none is left over.
+
+    ``load_state_dict(assign=True)`` comes to the same and takes five times as long, more than all the rest of loading.
+
+    Returns:
+        Whether that is so; if not, nothing is changed.
+    """
+    if places.keys() != state.keys():
+        return False
+    if any(table[key].shape != state[name].shape for name, (table, key, _) in places.items()):
+        return False
+    for name, (table, key, is_parameter) in places.items():
+        tensor = state[name]
+        table[key] = nn.Parameter(tensor, requires_grad=table[key].requires_grad) if is_parameter else tensor
+    return True
 
 
 def _fit_input(model: nn.Module, state: dict[str, Tensor], first_conv: str) -> None:
