@@ -65,7 +65,6 @@ def test_wherever_tensors_lie_in_a_file(shift: int, file: Path, state: dict[str,
     loaded = load_state_dict(file, mapped=True)
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], tensor) and loaded[key].is_contiguous() for key, tensor in state.items())
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values() if tensor.ndim != 4)
     assert all(tensor.data_ptr() % tensor.itemsize == 0 for tensor in loaded.values())
 
 

@@ -1,7 +1,9 @@
 """zoo.pretrained.manifest: the manifests of the repository, and what is refused in one."""
 
+import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,19 @@ def test_list_models_pretrained() -> None:
     names = list_models("efficientvit*", pretrained=True)
     assert "efficientvit_m5.r224_in1k" in names
     assert all(split_name(name)[1] for name in names)
+
+
+def test_every_tag_of_every_manifest_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    from zoo.cli import app
+
+    written = set()
+    for path in (Path(__file__).parents[2] / "weights").glob("*.toml"):
+        document = tomllib.loads(path.read_text())
+        written |= {f"{model}.{tag}" for model, tags in document.items() if model != "defaults" for tag in tags}
+    app(["list", "--pretrained", "--json"], standalone_mode=False)
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows} == written
+    assert len(rows) == len(written) > 80
 
 
 def test_unknown_tag_names_those_there_are() -> None:

@@ -36,7 +36,7 @@ with torch.inference_mode():
     for name, model in models.items():
         for key in ("mean", "std", "input_size", "pool_size"):
             assert tuple(model.pretrained_cfg[key]) == tuple(original.pretrained_cfg[key]), (name, key)
-        # Convolutions stay where they lie in the file, and on maps of one pixel round otherwise when unaligned.
+        # Files of the cache are mapped: weights lie at any address, and kernels round otherwise on unaligned memory.
         same = lambda left, right: torch.allclose(left, right, rtol=1e-5, atol=1e-7)
         weights = original.state_dict()
         assert all(each.equal(weights[key]) for key, each in model.state_dict().items() if "head" not in key), name
