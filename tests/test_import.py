@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import zoo
+from zoo.ops._dispatch import constant_when_traced
 
 HEAVY = {"torch", "torchvision", "timm", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub"}
 HEAVY |= {"rich", "typer"}
@@ -39,6 +41,18 @@ def test_creating_a_model_loads_no_timm() -> None:
     loaded = loaded_by("import zoo; zoo.create_model('efficientvit_m0')")
     assert "torch" in loaded
     assert not loaded & {"timm", "torchvision"}
+
+
+def test_creating_a_model_loads_no_compiler() -> None:
+    code = "import zoo; zoo.create_model('efficientvit_m0'); import sys; assert 'torch._dynamo' not in sys.modules"
+    assert "torch" in loaded_by(code)
+
+    def function() -> str:
+        return ""
+
+    ours = vars(constant_when_traced(function)).copy()
+    function.__dict__.clear()
+    assert vars(torch.compiler.assume_constant_result(function)) == ours
 
 
 def test_every_public_name_is_there() -> None:

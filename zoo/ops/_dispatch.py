@@ -67,7 +67,7 @@ class Choice:
     def route(self) -> str:
         """``"op"``; ``"ref"`` where it is forced, so that autograd differentiates it; ``"export"`` on the way to ONNX.
 
-        To be called through a function under ``torch.compiler.assume_constant_result``.
+        To be called through a function under :func:`constant_when_traced`.
         """
         if torch.onnx.is_in_onnx_export():
             return "export"
@@ -105,6 +105,12 @@ class Choice:
                 return Implementation(candidate.name, why, candidate.load())
             reasons.append(missing)
         raise AssertionError("the last candidate runs everywhere")
+
+
+def constant_when_traced(function: Callable[[], str]) -> Callable[[], str]:
+    """``torch.compiler.assume_constant_result``, which only leaves this mark, but imports the whole compiler first."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def triton_unavailable() -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zoo.errors import ShapeError, WeightsError
 from zoo.ops._checks import cast, compute_dtype
+from zoo.ops._dispatch import constant_when_traced
 from zoo.ops.bit_linear import cpu, vectorised
 from zoo.ops.bit_linear._dispatch import choose
 from zoo.ops.bit_linear._op import check, check_inputs, check_packed, linear, packed_linear, run_packed
@@ -125,7 +126,7 @@ def packed_bit_linear(
     return form(x_, packed, scale, norm_weight, out_features, eps).to(x.dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _route() -> str:
     return choose.route()
 

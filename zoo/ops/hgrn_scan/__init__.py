@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops._checks import cast, compute_dtype
+from zoo.ops._dispatch import constant_when_traced
 from zoo.ops.hgrn_scan import vectorised
 from zoo.ops.hgrn_scan._dispatch import choose
 from zoo.ops.hgrn_scan._op import check, scan
@@ -56,7 +57,7 @@ def hgrn_scan(f: Tensor, v: Tensor, initial_state: Tensor | None = None) -> tupl
     return states.to(v.dtype), last_state
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _route() -> str:
     return choose.route()
 

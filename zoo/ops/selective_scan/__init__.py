@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops._checks import cast, compute_dtype
+from zoo.ops._dispatch import constant_when_traced
 from zoo.ops.selective_scan import vectorised
 from zoo.ops.selective_scan._dispatch import choose
 from zoo.ops.selective_scan._op import check, scan
@@ -80,7 +81,7 @@ def selective_scan(
     return (y, last_state) if return_last_state else y
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _route() -> str:
     return choose.route()
 
