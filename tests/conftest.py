@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the generated files that tests compare against"
     )
+    parser.addoption("--kills", type=int, default=0, help="how often tests/train/test_kills.py kills each of its runs")
     parser.addoption(
         "--every-variant", action="store_true", help="export, trace and compile every variant, not one of each family"
     )

@@ -4,6 +4,7 @@ The tolerance, 1e-4 of relative difference in losses after two epochs, is that o
 """
 
 import csv
+import json
 import os
 import signal
 import socket
@@ -32,6 +33,11 @@ for family in (IMAGES, TEXT):
     zoo.register(family)
 from zoo.train.engine import train
 recipe, out = zoo.load_recipe(sys.argv[1]), sys.argv[2]
+if recipe.train.sharding:  # accelerate shares models out on GPUs and their like alone: the CPU passes for one
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 try:
     train(recipe, out, resume=True)
 except ZooError as error:
@@ -148,6 +154,7 @@ def test_sharded_processes_equal_one(
         process.kill()
         process.wait()
     assert not (tmp_path / "run" / "result.json").exists()
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["distributed"] == "FSDP"
     sharding, world = then
     finish(start(recipes[kind].replace(**{"train.sharding": sharding}), tmp_path / "run", world))
     assert_close(tmp_path / "run", alone[kind])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
@@ -297,7 +298,15 @@ def test_what_no_checkpoint_could_hold_is_refused(
 
 def test_one_process_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
     device.make_accelerator("fp32", sharding="fsdp2")
-    assert caplog.messages == ["train.sharding='fsdp2' has no effect with one process"]
+    assert caplog.messages == ["train.sharding has no effect with one process"]
+
+
+def test_cpus_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "")  # which accelerate sets, put back afterwards
+    monkeypatch.setattr(device, "Accelerator", lambda fsdp_plugin, **options: Accelerator(**options))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"^train.sharding is 'fsdp2', which .* expected '' on 'cpu'.$"):
+        device.make_accelerator("fp32", sharding="fsdp2")
 
 
 @pytest.mark.parametrize("package, what", [("matplotlib", "Plotting the curves"), ("tensorboard", "train.tensorboard")])

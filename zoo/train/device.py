@@ -1,10 +1,12 @@
 """Where a run computes, and in which precision."""
 
 import logging
+import os
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from zoo.errors import RecipeError, reason
 from zoo.train.sharding import check, plugins
@@ -28,15 +30,18 @@ def make_accelerator(precision: str, *, sharding: str = "", offload: bool = Fals
         RecipeError: If this machine cannot compute in it, or accelerate is set to something that zoo cannot
             save.
     """
-    if sharding and PartialState().num_processes == 1:
-        _logger.warning("train.sharding=%r has no effect with one process", sharding)
-    else:
-        options |= plugins(sharding, offload=offload)
+    # Not PartialState(), which, asked too early, takes a CPU's process for alone.
+    if sharding and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sharding = ""
+        _logger.warning("train.sharding has no effect with one process")
+    options |= plugins(sharding, offload=offload)
     AcceleratorState._reset_state()  # accelerate keeps one precision per process; the process group stays
     try:
-        accelerator = Accelerator(mixed_precision=_PRECISION[precision], **options)
+        # Buffers are shared out after every step, by share_statistics().
+        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        accelerator = Accelerator(mixed_precision=_PRECISION[precision], kwargs_handlers=handlers, **options)  # type: ignore[arg-type]
     except ValueError as error:
         AcceleratorState._reset_state()
         raise RecipeError(f"train.precision is {precision!r}, which does not work here: {reason(error)}.") from error
-    check(accelerator)
+    check(accelerator, sharding)
     return accelerator

@@ -42,7 +42,7 @@ from zoo.train.recipe import Optim, Recipe, Train, load_recipe
 from zoo.train.run_folder import RunFolder, read_json, write_json, write_metrics, write_text
 from zoo.train.schedule import learning_rate
 from zoo.train.scoring import evaluate
-from zoo.train.sharding import is_sharded, local, share_out, whole
+from zoo.train.sharding import is_sharded, local, share_out, share_statistics, whole
 from zoo.train.tasks import TASKS, eval_loader
 
 _logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class _Run:
         self._drop_paths = [
             (module, module.rate) for module in model.modules() if isinstance(module, DropPath) and module.rate
         ]
-        if recipe.train.channels_last:
+        if recipe.train.channels_last and not is_sharded(self.accelerator):  # FSDP takes contiguous parameters alone
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = model.to(self.accelerator.device)
         self.peak_rate = _peak_rate(recipe)
@@ -344,6 +344,7 @@ class _Run:
         self._unchecked.append((self.step, rate, loss))
         self.step += 1
         self.epoch_step += 1
+        share_statistics(accelerator, self.plain_model)
         if self.ema is not None:
             self.ema.update(self.plain_model, step=self.step)
         alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
@@ -715,5 +716,6 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
+        "distributed": accelerator.distributed_type.value,
         "precision": accelerator.mixed_precision,
     }

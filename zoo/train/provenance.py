@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
-from zoo.train.recipe import Recipe, leaves, load_recipe, parse_overrides, read_layers
+from zoo.train.recipe import Recipe, find_recipe, leaves, load_recipe, parse_overrides, read_layers
 
 _TABLE = re.compile(r"\s*\[([\w.]+)\]")
 _KEY = re.compile(r"\s*([\w.]+)\s*=")
@@ -69,7 +69,7 @@ def find_problems(recipe: str | Path) -> list[str]:
     except ZooError as error:
         message = str(error)
         return [message if str(recipe) in message else f"{recipe}: {message}"]
-    about = header(read_layers(recipe)[-1].path)
+    about = header(find_recipe(recipe))
     if not about:
         return [f"{recipe} has no header; expected a first comment that says what it trains and by which command."]
     name = Path(recipe).with_suffix("").name

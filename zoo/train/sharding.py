@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -42,13 +42,18 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def check(accelerator: Accelerator) -> None:
-    """Refuse what accelerate can be set to and zoo cannot keep in a checkpoint.
+def check(accelerator: Accelerator, sharding: str = "") -> None:
+    """Refuse what accelerate can be set to and zoo cannot keep in a checkpoint, and what a recipe asks for in vain.
 
     Raises:
-        RecipeError: For FSDP's first version, DeepSpeed and Megatron-LM.
+        RecipeError: For FSDP's first version, DeepSpeed and Megatron-LM, and for sharding on CPUs.
     """
     kind = accelerator.distributed_type
+    if sharding and not is_sharded(accelerator):
+        raise RecipeError(
+            f"train.sharding is {sharding!r}, which accelerate does on GPUs and their like alone; expected '' on "
+            f"{accelerator.device.type!r}."
+        )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RecipeError("accelerate is set to FSDP 1; expected fsdp_version: 2 (`accelerate to-fsdp2` converts it).")
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -62,6 +67,22 @@ def share_out(accelerator: Accelerator, model: nn.Module) -> None:
     """Share out a second model, one that is not trained, in place, as the trained one was."""
     if is_sharded(accelerator):
         fsdp2_prepare_model(accelerator, model)
+
+
+def share_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give all processes the first one's buffers, such as batch norms' statistics, each of which saw its own samples.
+
+    So that what is evaluated, averaged and gone on with is what is saved.
+    """
+    if accelerator.num_processes == 1:
+        return
+    kept = model.state_dict()  # not tables that are made anew with every model
+    buffers = [each for name, each in model.named_buffers() if name in kept and each.is_floating_point()]
+    if not buffers:
+        return
+    together = broadcast(torch.cat([each.flatten() for each in buffers]))
+    for buffer, values in zip(buffers, together.split([each.numel() for each in buffers]), strict=True):  # type: ignore[union-attr]
+        buffer.copy_(values.view_as(buffer))
 
 
 def whole(tensor: Any) -> Any:
