@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import zoo
+from zoo.analysis import energy
 from zoo.analysis import language as module
 from zoo.analysis.bench import Conditions
 from zoo.analysis.benchmark import measure
@@ -22,7 +23,7 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(module, "measure", partial(measure, turn_s=0.001, warmup_s=0.0))
     monkeypatch.setattr(module, "measure_peaks", lambda conditions: PEAKS)
-    monkeypatch.setattr(module, "_RAPL", tmp_path)
+    monkeypatch.setattr(energy, "_RAPL", tmp_path)
 
 
 @pytest.fixture
@@ -45,17 +46,18 @@ def test_the_six_follow_from_what_is_measured(small: zoo.TextConfig) -> None:
     assert found.amu_bytes is None or found.amu_bytes > 4 * 500 * small.hidden_size
 
 
-def test_energy_is_what_the_counters_say(
-    small: zoo.TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_energy_is_what_the_counters_say(tmp_path: Path) -> None:
     package = tmp_path / "intel-rapl:0"
     package.mkdir()
     (package / "max_energy_range_uj").write_text("9000000")
     (package / "energy_uj").write_text("8000000")
-    joules, source = module._energy_of(lambda: (package / "energy_uj").write_text("8500000"), "cpu")
-    assert (joules, source) == (pytest.approx(0.5), "RAPL, whole packages")
-    joules, _ = module._energy_of(lambda: (package / "energy_uj").write_text("1000000"), "cpu")
-    assert joules == pytest.approx(1.5)  # the counter started again
+    meter = energy.EnergyMeter("cpu")
+    (package / "energy_uj").write_text("8500000")
+    meter.update()
+    assert (meter.joules, meter.source) == (pytest.approx(0.5), "RAPL, whole packages")
+    (package / "energy_uj").write_text("1000000")
+    meter.update()
+    assert meter.joules == pytest.approx(2.0)  # the counter started again
 
 
 def test_only_language_models() -> None:

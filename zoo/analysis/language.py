@@ -24,12 +24,11 @@ from torch import Tensor
 import zoo
 from zoo.analysis.bench import PRECISIONS, Conditions, as_measured, example_input
 from zoo.analysis.benchmark import measure, memory_in_use, torch_threads, weight_bytes
+from zoo.analysis.energy import EnergyMeter
 from zoo.analysis.profile import Peaks, measure_peaks
 from zoo.analysis.trace import trace
 from zoo.config import TextConfig
 from zoo.errors import ConfigError
-
-_RAPL = Path("/sys/class/powercap")
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,12 @@ def six_metrics(
             clock=conditions.clock,
             rounds=conditions.rounds,
         )
-        energy, source = _energy_of(write, conditions.device)
+        meter = EnergyMeter(conditions.device)
+        write()
+        if torch.device(conditions.device).type != "cpu":
+            torch.accelerator.synchronize()
+        meter.update()
+        energy, source = meter.joules, meter.source
         reading = sum(operator.macs for operator in trace(network, prompt, use_cache=True, logits_to_keep=1))
         first: Tensor = prompt[:, :1]
         writing = sum(operator.macs for operator in trace(network, first, use_cache=True, logits_to_keep=1))
@@ -171,43 +175,3 @@ def _device_memory(device: str) -> int | None:
     if torch.device(device).type != "cpu" or not info.is_file():
         return None
     return int(info.read_text().split("MemTotal:")[1].split()[0]) * 1024
-
-
-def _energy_of(call: Callable[[], object], device: str) -> tuple[float | None, str]:
-    """Joules that the device takes during a call, and what counted them, or None and why nothing could."""
-    counters, source = _counters(device)
-    if not counters:
-        return None, source
-    before = [read() for read, _ in counters]
-    call()
-    if torch.device(device).type != "cpu":
-        torch.accelerator.synchronize()
-    joules = 0.0
-    for (read, wraps_at), start in zip(counters, before, strict=True):
-        end = read()
-        joules += end - start if end >= start else end - start + wraps_at
-    return joules, source
-
-
-def _counters(device: str) -> tuple[list[tuple[Callable[[], float], float]], str]:
-    """Functions that read joules, each with the value at which it starts again from 0."""
-    if torch.device(device).type == "cuda":
-        try:
-            import pynvml  # the package nvidia-ml-py
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(torch.device(device).index or 0)
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        except Exception as error:  # not installed, no driver, or a GPU that does not count
-            return [], f"NVML cannot say ({type(error).__name__})"
-        return [(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0)], "NVML, the whole GPU"
-    found: list[tuple[Callable[[], float], float]] = []
-    for package in sorted(_RAPL.glob("intel-rapl:?")):
-        path = package / "energy_uj"
-        try:
-            path.read_text()
-            wraps_at = float((package / "max_energy_range_uj").read_text()) / 1e6
-        except OSError:
-            continue  # only root may read it on most systems
-        found.append((lambda path=path: float(path.read_text()) / 1e6, wraps_at))  # type: ignore[misc]
-    return found, "RAPL, whole packages" if found else "no RAPL counters can be read here"

@@ -25,6 +25,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import zoo
+from zoo.analysis.energy import EnergyMeter
 from zoo.config import ModelConfig
 from zoo.data.loader import Batch, EpochSampler, Loader, derive_seed
 from zoo.data.pruning import PRUNING, Pruning
@@ -246,6 +247,7 @@ class _Run:
             self.accelerator.init_trackers("tensorboard")
         self.progress.announce()
         self._clock = time.perf_counter()
+        self._meter = EnergyMeter(self.accelerator.device)
         try:
             with self.progress, _on_sigterm(self._terminate):
                 while not self._finished:
@@ -296,6 +298,7 @@ class _Run:
             ("time", f"{result.seconds / 60:.1f} minutes, with validation"),
             ("samples", f"{samples:,} in {self.step:,} steps; {samples / result.seconds:.1f} a second"),
             ("peak memory", f"{_peak_memory(self.accelerator.device) / 1e6:,.0f} MB, of this sitting and process"),
+            ("energy", self._energy()),
             ("processes", f"{self.accelerator.num_processes} on {self.accelerator.device.type}"),
             ("seed", str(recipe.seed)),
         ]
@@ -304,6 +307,12 @@ class _Run:
         page = report.Page(title, self.history, facts, skipped=skipped)
         self.task.illustrate(page, model, self.accelerator)
         report.write_report(page, self.folder.report)
+
+    def _energy(self) -> str:
+        self._meter.update()
+        if self._meter.joules is None:
+            return f"not known: {self._meter.source}"
+        return f"{self._meter.joules / 3.6e6:.4f} kWh, of this sitting ({self._meter.source})"
 
     def _terminate(self) -> None:
         self.terminated = True
@@ -398,6 +407,7 @@ class _Run:
 
     def _check_losses(self) -> None:
         """Add up the losses since the last look, over all processes; stop at one that is not finite."""
+        self._meter.update()
         if not self._unchecked:
             return
         losses = torch.stack([loss for _, _, loss in self._unchecked])
