@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lower", default="", help="precisions besides fp32, with commas")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="of what --lower asks for")
+    parser.add_argument("--engines", help="of zoo.optimize, with commas; all by default")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the rival out")
     parser.add_argument("--pictures", type=Path, help="parquet file with pictures, to calibrate with and to compare on")
     parser.add_argument("--count", type=int, default=1000, help="pictures to compare on")
@@ -142,7 +143,8 @@ def main() -> None:
             x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
             with torch.inference_mode():
                 calls = rivals(kind, plain, x, options.threads, not options.no_compile)
-            searches = [zoo.optimize(model, x, precision="fp32", threads=options.threads)]
+            common = {"threads": options.threads, "engines": options.engines.split(",") if options.engines else None}
+            searches = [zoo.optimize(model, x, precision="fp32", **common)]
             if options.lower:
                 searches.append(
                     zoo.optimize(
@@ -151,7 +153,7 @@ def main() -> None:
                         precision=options.lower.split(","),
                         tolerance=options.tolerance,
                         pictures=None if pictures is None else pictures[:128],
-                        threads=options.threads,
+                        **common,
                     )
                 )
             ours = {f"zoo.optimize {i}": (lambda fast=fast, x=x: fast(x)) for i, fast in enumerate(searches)}

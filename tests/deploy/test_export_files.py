@@ -13,6 +13,7 @@ from torch import nn
 import zoo
 from zoo.deploy.export import BATCHES
 from zoo.deploy.formats import Onnx, get_format, notes_of
+from zoo.deploy.program import copy_for_inference
 from zoo.errors import ConfigError, ExportError, WeightsError
 from zoo.registry import index
 
@@ -130,3 +131,9 @@ def test_formats_with_extras_of_their_own(format: str, small: nn.Module, tmp_pat
     exported = zoo.export(small, format, tmp_path / "out")
     assert exported.path.exists()
     assert exported.verified or format == "coreml"
+    if format == "coreml":  # the other route to it, which users of older tools take
+        import coremltools
+
+        traced = torch.jit.trace(copy_for_inference(small), torch.zeros(1, 3, 64, 64))
+        kind = coremltools.TensorType(name="input", shape=(1, 3, 64, 64))
+        coremltools.convert(traced, inputs=[kind], convert_to="mlprogram", skip_model_load=True)

@@ -54,6 +54,12 @@ class Format:
         """Of what wrote the file."""
         return {package: metadata.version(package) for package in self.packages}
 
+    def program(self, model: nn.Module, example: Tensor, *, free_size: bool = False) -> torch.export.ExportedProgram:
+        """The model as a program of standard operators alone, so that the file needs no zoo."""
+        program = _program(model, example, free_batch=self.free_batch, free_size=free_size)
+        own = any("zoo." in str(node.target) for node in program.graph.nodes)
+        return program.run_decompositions(onnx_decompositions()) if own else program
+
 
 def _program(model: nn.Module, example: Tensor, *, free_batch: bool, free_size: bool) -> torch.export.ExportedProgram:
     axes: dict[int, Any] = {}
@@ -64,12 +70,6 @@ def _program(model: nn.Module, example: Tensor, *, free_batch: bool, free_size: 
     if free_size:
         axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     return capture(model, (example,), dynamic_shapes=(axes,) if axes else None)
-
-
-def _standard(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same without zoo's own operators, so that the file needs no zoo."""
-    own = any("zoo." in str(node.target) for node in program.graph.nodes)
-    return program.run_decompositions(onnx_decompositions()) if own else program
 
 
 class Onnx(Format):
@@ -147,8 +147,7 @@ class TorchExport(Format):
     def write(
         self, model: nn.Module, example: Tensor, path: Path, *, free_size: bool, notes: Mapping[str, str]
     ) -> None:
-        program = _standard(_program(model, example, free_batch=True, free_size=free_size))
-        torch.export.save(program, path, extra_files=dict(notes))
+        torch.export.save(self.program(model, example, free_size=free_size), path, extra_files=dict(notes))
 
     def load(self, path: Path) -> Callable[[Tensor], Tensor]:
         module = torch.export.load(path).module()
@@ -212,7 +211,7 @@ class ExecuTorch(Format):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        program = _standard(_program(model, example, free_batch=False, free_size=False))
+        program = self.program(model, example)
         try:
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
         except Exception as error:
@@ -250,7 +249,8 @@ class CoreMl(Format):
             warnings.simplefilter("ignore")
             import coremltools
 
-            program = _standard(_program(model, example, free_batch=False, free_size=False)).run_decompositions({})
+            # To core operators, less a view of everything, for which coremltools has no translation.
+            program = self.program(model, example).run_decompositions({torch.ops.aten.alias.default: lambda x: x})
             try:
                 converted = coremltools.convert(
                     program,
