@@ -46,6 +46,14 @@ def test_a_language_model_by_hand() -> None:
     assert modules["lm_head"].macs == tokens * config.hidden_size * config.vocab_size
 
 
+def test_routing_costs_its_linear_layers_for_the_tokens_that_reach_them() -> None:
+    config = zoo.get_config("mor_2m_r3")  # recursions keep all tokens, two thirds, one third
+    counts = count_modules(config, tokens=60)
+    kept = [counts[f"model.routers.{i}"].macs / config.hidden_size for i in range(3)]  # type: ignore[attr-defined]
+    assert kept == [60, 60, 40]
+    assert counts[""].macs < count_modules(config.override(router="none"), tokens=60)[""].macs
+
+
 def test_wrong_sizes() -> None:
     with pytest.raises(zoo.ConfigError, match="takes no tokens"):
         count_modules("efficientvit_m0", tokens=3)

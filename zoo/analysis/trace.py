@@ -4,7 +4,7 @@ A trace runs on any device: on the meta device it costs nothing, on a real one o
 
 * MACs: multiply-accumulates of convolutions, linear layers, matrix products, attention (as its two matrix products) and
   of every operator that has a formula in torch's registry, as ``zoo::selective_scan`` has. Norms, activation functions,
-  softmax, pooling, additions, sorting and routing have none: they are counted as elements read and written.
+  softmax, pooling, additions, sorting and gathering have none: they are counted as elements read and written.
 * Elements: each operator reads its tensors once and writes its results once. Views move nothing. This is the least that
   an unfused implementation moves; caches may serve a part of it.
 """
