@@ -60,7 +60,10 @@ class Shapes(TorchFunctionMode):
         kwargs = kwargs or {}
         rule = _RULES.get(func)
         if rule is not None:
-            out = rule(self, *args, **kwargs)
+            try:
+                out = rule(self, *args, **kwargs)
+            except TypeError:  # called in a way that the rule does not know
+                out = NotImplemented
             if out is not NotImplemented:
                 return out
         elif type(func) is _Attribute:
@@ -334,7 +337,14 @@ def _conv_transpose2d(
 
 
 def _avg_pool2d(
-    _: Shapes, x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, *args: Any
+    _: Shapes,
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     if ceil_mode:
         return NotImplemented
