@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--without", nargs="*", default=[], help="rows to leave out, to save time and memory")
     parser.add_argument("--rivals", type=Path, help="folder for the Llama in onnxruntime and OpenVINO")
-    parser.add_argument("--no-peak", action="store_true", help="do not measure memory in processes of their own")
+    parser.add_argument("--only", choices=["speed", "memory"], help="measure one of the two")
     parser.add_argument("--convert", action="store_true", help="fill the folder of --rivals, and measure nothing")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -260,7 +260,11 @@ def main() -> None:
 
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     made = makers(arguments)
-    peaks = {} if arguments.no_peak else {name: peak_of(name, arguments) for name in made}
+    peaks = {} if arguments.only == "speed" else {name: peak_of(name, arguments) for name in made}
+    if arguments.only == "memory":
+        for name, peak in peaks.items():
+            print(f"{name}: peak RSS {peak / 1e6:.0f} MB")
+        return
     decoders = {}
     for name, make in made.items():
         decoders[name] = make()
