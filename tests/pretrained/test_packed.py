@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import zoo
 from zoo.cli import app
+from zoo.data.text import tiny_shakespeare
 from zoo.errors import WeightsError
 from zoo.layers import PackedBitLinear, pack_bit_linears
 from zoo.pretrained.files import read_header
@@ -131,6 +132,22 @@ def test_int8_embeddings(model: Any, tmp_path: Path) -> None:
     assert half.model.embed_tokens(IDS).dtype == torch.bfloat16
     with pytest.raises(WeightsError, match=r"embeddings as 'int4'; expected 'int8'"):
         zoo.create_model(str(damaged(path, embeddings="int4")))
+
+
+@torch.no_grad()
+def test_int8_embeddings_cost_little() -> None:
+    """On 8 KB of text that the shipped weights have not seen; the packed model itself loses nothing."""
+    pytest.importorskip("transformers")
+    text = torch.tensor(list(tiny_shakespeare()[-32 * 256 :].encode())).view(32, 256)
+
+    def loss(**options: bool) -> float:
+        model: Any = zoo.create_model(NAME, pretrained=True).eval()
+        model = pack_bit_linears(model, **options) if options else model
+        return float(model(text, labels=text).loss)
+
+    exact = loss()
+    assert loss(int8_embeddings=False) == pytest.approx(exact, abs=1e-6)
+    assert loss(int8_embeddings=True) == pytest.approx(exact, abs=2e-3)
 
 
 def test_command(model: Any, tmp_path: Path) -> None:
