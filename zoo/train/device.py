@@ -6,7 +6,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 
 from zoo.errors import RecipeError, reason
 from zoo.train.sharding import check, plugins
@@ -37,9 +36,7 @@ def make_accelerator(precision: str, *, sharding: str = "", offload: bool = Fals
     options |= plugins(sharding, offload=offload)
     AcceleratorState._reset_state()  # accelerate keeps one precision per process; the process group stays
     try:
-        # Buffers are shared out after every step, by share_statistics().
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        accelerator = Accelerator(mixed_precision=_PRECISION[precision], kwargs_handlers=handlers, **options)  # type: ignore[arg-type]
+        accelerator = Accelerator(mixed_precision=_PRECISION[precision], **options)
     except ValueError as error:
         AcceleratorState._reset_state()
         raise RecipeError(f"train.precision is {precision!r}, which does not work here: {reason(error)}.") from error
