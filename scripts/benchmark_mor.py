@@ -42,7 +42,7 @@ def main() -> None:
     print(f"{options.model}, {options.threads} threads, float32")
     if options.steps:
         prompts = text[:, : options.prompt]
-        depth = calibrate_on_own_text(ours, prompts)
+        depth = calibrate_on_own_text(ours, prompts[:8])
         print(f"{options.sequences} sequences after {options.prompt} tokens")
         print(f"calibrated to {depth:.2f} of {config.num_recursions} recursions (capacities: {sum(config.shares):.2f})")
         decode(options, prompts, {"vanilla": vanilla, "recursive": recursive, "mor": ours})
