@@ -1,4 +1,4 @@
-"""Puts the runs of tinyshakespeare/ that replicate the paper's comparison side by side, in the README and as curves.
+"""Puts the runs of tinyshakespeare/ that replicate the paper's comparison side by side, in docs/ and as curves.
 
     for name in mor_2m_r3 recursive_2m_r3 vanilla_2m; do
     OMP_NUM_THREADS=1 zoo train tinyshakespeare/$name --out runs/$name --resume; done
@@ -23,7 +23,7 @@ from _timing import in_turns
 from zoo.analysis.counts import count_modules
 from zoo.atomic import write_atomically
 from zoo.data.loader import TextSamples
-from zoo.data.tokens import Rows, Tokens
+from zoo.data.tokens import Rows
 from zoo.inference import load_model
 from zoo.serve import DepthBatcher
 from zoo.train.device import make_accelerator
@@ -62,19 +62,16 @@ def main() -> None:
         tokens = [row["step"] * recipe.train.batch_size * recipe.data.seq_len for row in history]
         curves[name] = ([6 * macs * seen for seen in tokens], [row["val_loss"] for row in history])
         params = sum(parameter.numel() for parameter in model.parameters())
-        train, held_out = open_tokens(recipe.data, "train", root=arguments.root).split(recipe.data.holdout)
-        loss, depth = heldout_loss(model, recipe, held_out)
+        loss, depth, repeats = history[-1]["val_loss"], "", model.model.arch.num_recursions
+        if model.model.arch.router != "none":
+            loss, depth = heldout_loss(model, recipe, arguments.root)
         start = f"| `{name}` | {params / 1e6:.2f} | {tokens[-1] / 1e6:.2f} | {6e-12 * macs * tokens[-1]:.1f} |"
         steps, writes = speeds[f"{name} trains"], speeds[f"{name} writes"]
-        rows.append(f"{start} {loss:.3f} | {depth:.2f} | {steps:,.0f} | {writes:,.0f} |")
-        if model.model.arch.router == "none":
-            continue
-        with model.routing("topk"):
-            loss, depth = heldout_loss(model, recipe, held_out)
-        rows.append(f"| its top-k, not causal | | | | {loss:.3f} | {depth:.2f} | | |")
-        model.calibrate(torch.stack([train_row(train, recipe, i) for i in range(32)]))
-        loss, depth = heldout_loss(model, recipe, held_out)
-        rows.append(f"| calibrated on training text | | | | {loss:.3f} | {depth:.2f} | | |")
+        rows.append(f"{start} {loss:.3f} | {depth or repeats} | {steps:,.0f} | {writes:,.0f} |")
+        if depth:
+            with model.routing("topk"):
+                loss, depth = heldout_loss(model, recipe, arguments.root)
+            rows.append(f"| the same by its top-k, not causal | | | | {loss:.3f} | {depth} | | |")
     head = [
         "| recipe | params (M) | bytes seen (M) | training TFLOPs | held-out loss | mean recursions "
         "| bytes/s trained on | bytes/s written |",
@@ -85,33 +82,28 @@ def main() -> None:
         f"Speeds are CPU time, in turns, on {arguments.hardware}, writing 32 sequences through `DepthBatcher`."
     )
     table = "\n".join([*head, *rows, "", caption])
-    readme = ROOT / "README.md"
+    page = ROOT / "docs" / "mixture-of-recursions.md"
     text = re.sub(
         r"(<!-- recursions -->\n).*?(<!-- /recursions -->)",
         lambda match: f"{match[1]}{table}\n{match[2]}",
-        readme.read_text(encoding="utf-8"),
+        page.read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )
-    with write_atomically(readme) as file:
+    with write_atomically(page) as file:
         file.write(text.encode())
     if curves:
         plot(curves, ROOT / "docs" / "recursions.png")
     print(table)
 
 
-def train_row(tokens: Tokens, recipe: Recipe, number: int) -> torch.Tensor:
-    """A row of the text that was trained on, of 32 at equal distances: ``[T]``."""
-    rows = Rows(tokens, recipe.data.seq_len)
-    return torch.as_tensor(rows.read([number * (len(rows) // 32)])[0][0, : recipe.data.seq_len]).long()
-
-
-def heldout_loss(model: Any, recipe: Recipe, tokens: Tokens) -> tuple[float, float]:
+def heldout_loss(model: Any, recipe: Recipe, root: str) -> tuple[float, str]:
     """Nats a byte of the held-out text, and the recursions that its bytes took on average."""
+    tokens = open_tokens(recipe.data, recipe.data.train_split, root=root).split(recipe.data.holdout)[1]
     accelerator = make_accelerator("fp32")
     loader = eval_loader(TextSamples(Rows(tokens, recipe.data.seq_len, keep_tail=True)), recipe, 8, accelerator)
     model.reset_mean_depth()
     loss = evaluate(model.eval(), loader, TextScoring(), accelerator)["loss"]
-    return loss, model.mean_depth
+    return loss, f"{model.mean_depth:.2f}"
 
 
 def measure_speeds(models: dict[str, Any], recipes: dict[str, Recipe], rounds: int) -> dict[str, float]:
