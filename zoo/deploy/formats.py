@@ -1,5 +1,6 @@
 """File formats of other runtimes: how each is written, and how it is run again."""
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -211,7 +212,8 @@ class ExecuTorch(Format):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
-        program = self.program(model, example)
+        contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # all that XNNPACK's passes take
+        program = self.program(contiguous, example)
         try:
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
         except Exception as error:
