@@ -29,15 +29,19 @@ class Classifier:
         model: In eval mode.
         preprocessing: What its input goes through.
         labels: Class names in the order of the logits.
+        multi_label: Whether a picture may be of several classes: each has a probability of its own.
     """
 
     model: nn.Module
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    multi_label: bool = False
 
     @torch.inference_mode()
     def predict(self, pictures: Sequence[str | Path | Image.Image], *, top: int = 5) -> list[list[tuple[str, float]]]:
         """The likeliest classes of each picture, as ``(label, probability)``, likeliest first.
+
+        Of several labels, each has a probability of its own; those of at least one half are the answer.
 
         Args:
             pictures: Files, or pictures of any mode.
@@ -53,7 +57,8 @@ class Classifier:
             images = [transform(_open(picture)) for picture in pictures[start : start + _BATCH]]
             inputs = normalise(torch.stack(images).to(example.device))
             logits = self.model(inputs.to(example.dtype))
-            ranked = logits.float().softmax(dim=-1).cpu().topk(min(top, logits.shape[1]))
+            probabilities = logits.float().sigmoid() if self.multi_label else logits.float().softmax(dim=-1)
+            ranked = probabilities.cpu().topk(min(top, logits.shape[1]))
             for values, indices in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True):
                 answers.append([(self.labels[i], value) for i, value in zip(indices, values, strict=True)])
         return answers
@@ -79,7 +84,7 @@ def load_classifier(model: str | Path, *, device: str | torch.device | None = No
         raise WeightsError(f"No run folder {str(model)!r}; expected one, or the name of a model (`zoo list`).")
     weights = find_weights(model)
     network = create_model(str(model), pretrained=True, device=device).eval()
-    return Classifier(network, weights.preprocessing, class_names(weights.labels))
+    return Classifier(network, weights.preprocessing, class_names(weights.labels), weights.multi_label)
 
 
 def load_run(
@@ -114,7 +119,7 @@ def as_classifier(model: nn.Module, record: ModelRecord, path: str | Path) -> Cl
     """
     if record.preprocessing is None:
         raise WeightsError(f"{path} holds {record.name}, which reads text; expected a classifier of pictures.")
-    return Classifier(model, record.preprocessing, record.labels)
+    return Classifier(model, record.preprocessing, record.labels, record.multi_label)
 
 
 def class_names(labels: tuple[str, ...] | str) -> tuple[str, ...]:

@@ -291,7 +291,7 @@ def test_indices_in_a_manifest_are_named_by_a_file_beside_it(tmp_path: Path) -> 
     [
         ("", r"lists no pictures.$"),
         ("path,label\n", r"lists no pictures.$"),
-        ("picture,label\n1.png,cat\n", r"has the columns picture, label; expected 'path' and 'label'.$"),
+        ("picture,label\n1.png,cat\n", r"has the columns picture, label; expected 'path', and 'label' or 'labels'.$"),
         ("path,label\n1.png,cat\n2.png,\n", r": row 2 has no label.$"),
         ('path,label\n"1.png,cat\n', r"is not valid CSV: "),
         ("path,label\n1.png,7\n", r"has labels 7 to 7, but 3 class names.$"),

@@ -25,6 +25,8 @@ def evaluate(
         return
     if "top1" in figures:
         shown, kind = f"top-1 {figures['top1']:.2f} %, top-5 {figures['top5']:.2f} %", "pictures"
+    elif "map" in figures:
+        shown, kind = f"mAP {figures['map']:.2f} %, F1 {figures['f1']:.2f} %", "pictures"
     else:
         shown, kind = f"perplexity {figures['perplexity']:.2f}", "rows of text"
     console().print(

@@ -72,6 +72,7 @@ def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
     from accelerate import PartialState
 
     from zoo.train.finetune import finetune
+    from zoo.train.report import FIGURES
 
     try:
         comparison = finetune(recipe, out, resume=resume)
@@ -81,8 +82,8 @@ def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
     if not PartialState().is_main_process:  # one of several says it
         return
     screen = console()
-    figure, heading = ("top1", ">top-1 (%)") if "top1" in comparison.result.metrics else ("perplexity", ">perplexity")
-    grid = table("held-out part", heading, ">loss (nats)", ">epoch", ">minutes")
+    figure = next(each for each in FIGURES if each in comparison.result.metrics)
+    grid = table("held-out part", f">{FIGURES[figure]}", ">loss (nats)", ">epoch", ">minutes")
     for label, result in (("this run", comparison.result), ("from scratch", comparison.from_scratch)):
         if result is None:
             continue
@@ -96,5 +97,5 @@ def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
     say = partial(screen.print, soft_wrap=True, markup=False)
     say(f"\nWeights, curves and metrics are in {out}. Go on with:")
     say(f"  zoo eval {shlex.quote(str(out))}")
-    if figure == "top1":
+    if figure != "perplexity":
         say(f"  zoo predict {shlex.quote(str(out / 'sample.png'))} --model {shlex.quote(str(out))}")

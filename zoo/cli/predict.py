@@ -19,7 +19,8 @@ def predict(
     from zoo.cli._output import console, print_json, table
     from zoo.inference import load_classifier
 
-    answers = load_classifier(model, device=device).predict(pictures, top=top)
+    classifier = load_classifier(model, device=device)
+    answers = classifier.predict(pictures, top=top)
     if as_json:
         rows = [
             {"picture": str(picture), "classes": [{"label": label, "probability": value} for label, value in answer]}
@@ -32,5 +33,6 @@ def predict(
         out.print(str(picture), style="bold", markup=False, soft_wrap=True)
         grid = table(">%", "class")
         for label, value in answer:
-            grid.add_row(f"{100 * value:.2f}", escape(label))
+            found = classifier.multi_label and value >= 0.5
+            grid.add_row(f"{100 * value:.2f}", escape(label) + (" (yes)" if found else ""))
         out.print(grid)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from zoo.atomic import write_atomically
 from zoo.data.image import decode_image
-from zoo.data.sources import ImageSource
+from zoo.data.sources import ImageSource, class_counts, members_of
 from zoo.errors import DataError
 
 _SIDE, _COLUMNS, _ROWS = 112, 10, 8  # of the contact sheet: pixels of a picture, and how many
@@ -56,7 +56,7 @@ def inspect_pictures(source: ImageSource, *, on_picture: Callable[[], Any] | Non
         source: The pictures.
         on_picture: Called after each.
     """
-    counts = np.bincount(source.labels, minlength=len(source.classes))
+    counts = class_counts(source.labels, len(source.classes))
     found = Inspection(len(source), dict(zip(source.classes, counts.tolist(), strict=True)))
     formats: Counter[str] = Counter()
     sizes, seen = [], set()
@@ -97,7 +97,7 @@ def contact_sheet(source: ImageSource, path: Path, *, seed: int = 0) -> None:
     for row, label in enumerate(shown):
         top = row * (_SIDE + 14)
         draw.text((2, top + 1), source.classes[label], fill="black")
-        members = generator.permutation(np.flatnonzero(source.labels == label))[:_COLUMNS]
+        members = generator.permutation(members_of(source.labels, label))[:_COLUMNS]
         for column, index in enumerate(members):
             try:
                 image = decode_image(source.encoded(int(index)), source.describe(int(index)))

@@ -35,7 +35,7 @@ class Batch:
     """One batch on its way to the model."""
 
     inputs: Tensor  # [B, 3, H, W] uint8 pictures, float32 once they are normalised; or [B, T] integers: tokens
-    targets: Tensor  # [B] class indices, [B, num_classes] float32 after mixing, or [B, T] tokens
+    targets: Tensor  # [B] class indices, [B, num_classes] bool or float32 (several, mixed), or [B, T] tokens
     indices: Tensor  # [B] int64: which samples of the data set these are
     positions: Tensor | None = None  # [B, T] of each token in its document
     patches: tuple[Patch | None, ...] = ()  # for each picture, what erases a part of it
@@ -153,18 +153,19 @@ class ImageSamples(Samples):
         pictures, patches, labels = zip(*samples, strict=True)
         # Pixel by pixel in memory, as they were decoded and as convolutions like them best.
         inputs = _stacked([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
-        return Batch(inputs, torch.tensor(labels), torch.tensor(positions), patches=patches, skipped=skipped)
+        targets = torch.from_numpy(np.asarray(labels))
+        return Batch(inputs, targets, torch.tensor(positions), patches=patches, skipped=skipped)
 
     def _describe(self, position: int) -> str:
         return self.source.describe(position if self.indices is None else int(self.indices[position]))
 
-    def _load(self, epoch: int, position: int, repeat: int) -> tuple[Tensor, Patch | None, int]:
+    def _load(self, epoch: int, position: int, repeat: int) -> tuple[Tensor, Patch | None, Any]:
         if isinstance(self.source, StreamSource):
             index = position
             data, label = self.source.sample(epoch, position)
         else:
             index = position if self.indices is None else int(self.indices[position])
-            data, label = self.source.encoded(index), int(self.source.labels[index])
+            data, label = self.source.encoded(index), self.source.labels[index]
         seed = (self.seed, epoch, index, repeat) if repeat else (self.seed, epoch, index)
         if get_worker_info() is None:
             with seeded(*seed):

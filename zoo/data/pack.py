@@ -1,11 +1,13 @@
 """Writing a data set as tar shards, which are quicker to copy and to read than many small files."""
 
 import io
+import json
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from zoo.atomic import write_atomically
@@ -72,7 +74,12 @@ def _members(source: ImageSource, indices: range, skipped: dict[str, str]) -> It
         except (DataError, UnidentifiedImageError, KeyError):
             skipped[where] = f"{where} is not a picture that can be packed."
             continue
-        for kind, content in ((suffix, data), ("cls", str(int(source.labels[index])).encode())):
+        label = source.labels[index]
+        if source.multi_label:
+            about = "json", json.dumps({"labels": np.flatnonzero(label).tolist()}).encode()
+        else:
+            about = "cls", str(int(label)).encode()
+        for kind, content in ((suffix, data), about):
             member = tarfile.TarInfo(f"{index:09d}.{kind}")
             member.size = len(content)
             yield member, content

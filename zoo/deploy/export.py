@@ -140,6 +140,7 @@ def export(
         "output": {"name": "logits"},
         "preprocessing": {**shipped.preprocessing.to_dict(), "in_the_file": ["scale", "normalise"] if pixels else []},
         "labels": list(shipped.labels),
+        "multi_label": shipped.multi_label,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:

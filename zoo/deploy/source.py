@@ -30,6 +30,7 @@ class Shipped:
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     random: bool  # whether its weights are
+    multi_label: bool = False  # whether a picture may be of several classes
 
     @property
     def in_chans(self) -> int:
@@ -57,7 +58,7 @@ def load_for_shipping(name: str, *, img_size: int | None = None, random_weights:
         return Shipped(name, model, preprocessing, tuple(map(str, range(model.num_classes))), True)
     if Path(name).is_dir():
         found = load_run(name)
-        model, preprocessing, labels = found.model, found.preprocessing, found.labels
+        model, preprocessing, labels, several = found.model, found.preprocessing, found.labels, found.multi_label
         if img_size is not None:
             model.set_input_size(img_size)
     else:
@@ -68,10 +69,10 @@ def load_for_shipping(name: str, *, img_size: int | None = None, random_weights:
             )
         weights = find_weights(name)
         model = create_model(name, pretrained=True, img_size=img_size).eval()
-        preprocessing, labels = weights.preprocessing, class_names(weights.labels)
+        preprocessing, labels, several = weights.preprocessing, class_names(weights.labels), weights.multi_label
     if img_size is not None:
         preprocessing = replace(preprocessing, img_size=(img_size, img_size))
-    return Shipped(name, model, preprocessing, labels, False)
+    return Shipped(name, model, preprocessing, labels, False, several)
 
 
 def read_pictures(folder: Path, preprocessing: Preprocessing, limit: int = _CALIBRATION) -> Tensor:

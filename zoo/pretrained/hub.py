@@ -20,7 +20,7 @@ from zoo.pretrained.download import hub_reason
 from zoo.pretrained.fetch import fetch
 from zoo.pretrained.load import load_state_dict
 from zoo.pretrained.manifest import Weights
-from zoo.pretrained.source import CONFIG_FILE, TIMM_PREFIX, WEIGHTS_FILE, find_weights, overrides_of
+from zoo.pretrained.source import CONFIG_FILE, MULTI_LABEL, TIMM_PREFIX, WEIGHTS_FILE, find_weights, overrides_of
 from zoo.registry import Family, get_family
 
 _SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename")  # where the weights came from is not where they are now
@@ -122,6 +122,7 @@ def _timm_config(weights: Weights, config: ImageConfig, model: Any, licence: str
         "num_features": model.num_features,
         "global_pool": config.global_pool,
         **({"label_names": labels} if labels else {}),
+        **({"problem_type": MULTI_LABEL} if weights.multi_label else {}),
         **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": cfg,
     }

@@ -68,6 +68,7 @@ class Weights:
     config: Mapping[str, Any] = field(default_factory=dict, hash=False)  # config fields that these weights need
     preprocessing: Preprocessing = Preprocessing()  # noqa: RUF009 -- immutable
     labels: tuple[str, ...] | str = IMAGENET_LABELS
+    multi_label: bool = False  # whether a picture may be of several classes
     tokenizer: str = ""  # of text: what zoo.data.tokens.load_tokenizer takes
     metrics: tuple[Metric, ...] = ()
     check: tuple[

@@ -30,6 +30,7 @@ from zoo.registry import family_name, get_config, get_family, split_name
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 FOREIGN_TYPES = {"hgrn_bit": "matmulfree"}  # model_type of others' checkpoints -> the family that reads them
 TIMM_PREFIX = "zoo_"  # of zoo's models in timm's registry
+MULTI_LABEL = "multi_label_classification"  # transformers' word for it, in a config's problem_type
 
 _HUB = re.compile(r"((?!\.)[\w.-]+/(?!\.)[\w.-]+)(?:@((?!\.)[\w.-]+(?:/(?!\.)[\w.-]+)*))?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -158,6 +159,7 @@ def _from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
         "config": config,
         "preprocessing": Preprocessing(img_size=(height, width), **given),
         "labels": tuple(map(str, labels)) if labels else _standard_labels(classes),
+        "multi_label": values.get("problem_type") == MULTI_LABEL,
         "licence": cfg.get("license") or "unknown",
     }
 
@@ -191,6 +193,7 @@ def _from_run(values: Mapping[str, Any]) -> dict[str, Any]:
         "config": config,
         **({"preprocessing": Preprocessing.from_dict(values["preprocessing"])} if values["preprocessing"] else {}),
         "labels": tuple(values["labels"]),
+        "multi_label": values.get("multi_label", False),
         "tokenizer": values.get("tokenizer", ""),
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.data.sources import ImageSource, open_source
+from zoo.data.sources import ImageSource, class_counts, open_source
 from zoo.errors import DataError, RecipeError
 from zoo.pretrained.manifest import get_weights
 from zoo.registry import get_config
@@ -73,8 +73,14 @@ def finetune_recipe(model: str, data: str, overrides: Iterable[str] = ()) -> Cho
     values |= {"train.batch_size": batch, "schedule.epochs": epochs}
     batch, epochs = wanted.get("train.batch_size", batch), wanted.get("schedule.epochs", epochs)
     notes.append(f"batches of {batch}, at most {epochs} epochs, fewer when it gets no better")
-    counts = np.bincount(source.labels, minlength=len(source.classes))
-    if counts.max() > 1.5 * max(counts.min(), 1):
+    counts = class_counts(source.labels, len(source.classes))
+    if source.multi_label:
+        values |= {"loss.name": "bce", "augment.smoothing": 0.0}
+        notes.append(
+            f"{source.labels.sum(1).mean():.1f} labels a picture, classes of {counts.min():,} to {counts.max():,}: "
+            "binary cross-entropy, rare labels weighed up"
+        )
+    elif counts.max() > 1.5 * max(counts.min(), 1):
         notes.append(f"classes of {counts.min():,} to {counts.max():,} pictures, weighed to count equally")
     else:
         values["loss.class_weights"] = False

@@ -62,7 +62,8 @@ class Result:
     Attributes:
         folder: The run folder.
         metrics: Figures of the weights in ``model.safetensors`` on the held-out part: ``loss`` (nats) and, for
-            pictures, ``top1`` and ``top5`` (percent), for text ``perplexity``.
+            pictures, ``top1`` and ``top5`` (percent), or ``map`` and ``f1`` where they have several labels; for text
+            ``perplexity``.
         epoch: The epoch they are from, counted from 1.
         seconds: Wall-clock time of training and validation, over all sittings.
         raw: Figures of the same epoch's weights without averaging; the same as ``metrics`` where nothing is averaged.

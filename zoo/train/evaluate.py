@@ -13,7 +13,7 @@ from zoo.inference import Classifier, as_classifier, load_model
 from zoo.train.device import make_accelerator
 from zoo.train.recipe import Recipe, load_recipe
 from zoo.train.run_folder import RunFolder
-from zoo.train.scoring import ImageScoring, Scoring, TextScoring, evaluate
+from zoo.train.scoring import Scoring, TextScoring, evaluate, image_scoring
 from zoo.train.tasks import eval_loader, eval_samples, open_split, open_tokens
 
 
@@ -31,7 +31,7 @@ def evaluate_run(
 
     Returns:
         ``split``, ``samples`` (pictures, or rows of text) and ``loss`` (nats); ``top1`` and ``top5`` (percent) of
-        pictures, ``perplexity`` of text.
+        pictures, ``map`` and ``f1`` (percent) of pictures with several labels, ``perplexity`` of text.
 
     Raises:
         WeightsError: If this is not a run folder.
@@ -47,7 +47,11 @@ def evaluate_run(
     else:
         classifier = as_classifier(model, record, path)
         samples = _pictures(recipe, classifier, split, root)
-        scoring = ImageScoring(classifier.preprocessing, channels_last=recipe.train.channels_last)
+        scoring = image_scoring(
+            classifier.preprocessing,
+            channels_last=recipe.train.channels_last,
+            multi_label=classifier.multi_label,
+        )
     try:
         accelerator = make_accelerator(recipe.train.precision)  # so that the figures are those seen in training
     except RecipeError:  # trained on another machine
@@ -64,7 +68,7 @@ def _pictures(recipe: Recipe, classifier: Classifier, split: str, root: str) -> 
     data = recipe.data
     held_out = split == "heldout"
     name = (data.val_split or data.train_split) if held_out else split
-    source = open_split(data, name, classifier.labels, root=root)
+    source = open_split(data, name, classifier.labels, multi_label=classifier.multi_label, root=root)
     indices = np.arange(len(source))
     if held_out and not data.val_split:
         indices = stratified_holdout(source.labels, data.holdout, recipe.seed)[1]

@@ -78,7 +78,7 @@ class Loss:
     """What the answers cost."""
 
     name: str = "ce"  # "ce": cross-entropy, or "bce": binary cross-entropy of every class on its own, their mean
-    class_weights: bool = False  # weigh samples by how rare their class is in the training data, 1 on average
+    class_weights: bool = False  # weigh samples by how rare their class is; of several labels, a yes over a no
 
 
 @dataclass(frozen=True, kw_only=True)

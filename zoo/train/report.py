@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# what a run is judged by besides its loss, and how people call it
+FIGURES = {"top1": "top-1 (%)", "map": "mAP (%)", "perplexity": "perplexity"}
+
+
 def require_plotting() -> Any:
     """matplotlib, or the error that names the extra to install; to be called before hours of work."""
     return require("matplotlib", extra="train", why="Plotting the curves")
@@ -40,7 +44,7 @@ def plot_curves(
 
 def _curves(history: list[dict[str, float]], other: dict[str, list[dict[str, float]]] | None = None) -> bytes:
     pyplot = _pyplot()
-    figure = "top1" if history and "val_top1" in history[0] else "perplexity"
+    figure = next((each for each in FIGURES if history and f"val_{each}" in history[0]), "perplexity")
     canvas, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for i, (name, rows) in enumerate({"": history, **(other or {})}.items()):
         epochs = [row["epoch"] for row in rows]
@@ -54,7 +58,7 @@ def _curves(history: list[dict[str, float]], other: dict[str, list[dict[str, flo
             averaged = [row[f"ema_{figure}"] for row in rows]
             right.plot(epochs, averaged, color="C2", label=f"{prefix}averaged weights", **style)
     left.set(xlabel="epoch", ylabel="cross-entropy (nats)")
-    right.set(xlabel="epoch", ylabel="top-1 accuracy (%)" if figure == "top1" else figure)
+    right.set(xlabel="epoch", ylabel=FIGURES[figure])
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -124,6 +128,20 @@ def confusion_picture(counts: np.ndarray, classes: tuple[str, ...]) -> bytes:
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true")
+    return _png(canvas)
+
+
+def class_figures_picture(precisions: np.ndarray, f1: np.ndarray, classes: tuple[str, ...]) -> bytes:
+    """Average precision and F1 of each class, ``[C]`` from 0 to 1 and NaN where unknown, as a PNG: the worst 40."""
+    pyplot = _pyplot()
+    order = np.argsort(precisions, kind="stable")[:40][::-1]  # NaN comes last
+    canvas, axes = pyplot.subplots(figsize=(8, 1.2 + 0.3 * len(order)), layout="constrained")
+    places = np.arange(len(order))
+    axes.barh(places + 0.2, 100 * precisions[order], 0.4, label="average precision")
+    axes.barh(places - 0.2, 100 * f1[order], 0.4, label="F1 at a probability of one half")
+    axes.set_yticks(places, [classes[i] for i in order])
+    axes.set(xlabel="%", xlim=(0, 100))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return _png(canvas)
 
 

@@ -100,6 +100,7 @@ class ModelRecord:
     preprocessing: Preprocessing | None  # of pictures
     labels: tuple[str, ...]
     tokenizer: str = ""  # of text: what zoo.data.tokens.load_tokenizer takes
+    multi_label: bool = False  # whether a picture may have several labels: each logit is a question of its own
 
     def write(self, folder: RunFolder) -> None:
         """Write ``config.json`` atomically."""
@@ -109,6 +110,7 @@ class ModelRecord:
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing is not None else None,
             "labels": self.labels,
             "tokenizer": self.tokenizer,
+            "multi_label": self.multi_label,
         }
         write_json(folder.config, values)
 
@@ -127,6 +129,7 @@ class ModelRecord:
                 preprocessing=Preprocessing.from_dict(values["preprocessing"]) if values["preprocessing"] else None,
                 labels=tuple(values["labels"]),
                 tokenizer=values.get("tokenizer", ""),  # runs before 0.2 have none
+                multi_label=values.get("multi_label", False),  # nor this
             )
         except (KeyError, TypeError) as error:
             raise WeightsError(f"{folder.config} is not a run folder's config: {error} is missing or wrong.") from error

@@ -11,13 +11,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 from zoo.config import ImageConfig
 from zoo.data.augment import Mixing, TrainTransform
 from zoo.data.image import EvalTransform, decode_image
 from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader, Samples, TextSamples, derive_seed
-from zoo.data.sources import ImageSource, Relabelled, StreamSource, open_source, open_stream, stratified_holdout
+from zoo.data.sources import (
+    ImageSource,
+    Relabelled,
+    StreamSource,
+    class_counts,
+    open_source,
+    open_stream,
+    stratified_holdout,
+)
 from zoo.data.text import open_documents
 from zoo.data.tokens import IGNORED, Rows, Tokens, is_token_folder, load_tokenizer, read_tokens, tokenize
 from zoo.errors import DataError, RecipeError
@@ -26,12 +35,21 @@ from zoo.preprocessing import Preprocessing
 from zoo.registry import get_config
 from zoo.train.distill import Teacher, self_taught
 from zoo.train.recipe import Data, Loss, Recipe
-from zoo.train.report import Page, confusion_picture, mistakes_picture
+from zoo.train.report import Page, class_figures_picture, confusion_picture, mistakes_picture
 from zoo.train.run_folder import ModelRecord, RunFolder, write_file
 from zoo.train.schedule import img_size_at
-from zoo.train.scoring import ImageScoring, Scoring, TextScoring, next_token_answer, next_token_logits
+from zoo.train.scoring import (
+    Scoring,
+    TextScoring,
+    average_precision,
+    f1_score,
+    image_scoring,
+    next_token_answer,
+    next_token_logits,
+)
 
 _MISTAKES = 15  # pictures of a report
+_POSITIVE_WEIGHT = 20.0  # most that a yes counts over a no, or the reverse, with several labels a picture
 _TEXTS, _WRITTEN = 3, 200  # texts of a report, and the tokens that are written for each
 
 _logger = logging.getLogger(__name__)
@@ -82,11 +100,12 @@ class Task(ABC):
 
 
 class ImageClassification(Task):
-    """A picture in, a class out: cross-entropy, top-1 and top-5 accuracy.
+    """A picture in, a class out: cross-entropy, top-1 and top-5 accuracy. Or several classes, where the data says so.
 
     Attributes:
         preprocessing: What the model's input goes through.
         classes: Class names in label order.
+        multi_label: Whether a picture may have several labels: each class is then a question of its own.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -94,6 +113,8 @@ class ImageClassification(Task):
         overrides = dict(recipe.model.overrides)
         get_config(recipe.model.name).override(**overrides)  # a mistake shows before the data is read
         self._open_data(recipe)
+        if self.multi_label:
+            _check_multi_label(recipe)
         num_classes = overrides.pop("num_classes", len(self.classes))
         if num_classes != len(self.classes):
             raise DataError(
@@ -104,7 +125,9 @@ class ImageClassification(Task):
         if not isinstance(self.model.config, ImageConfig):
             raise RecipeError(f"{recipe.model.name} is no image model; set task='language-modelling'.")
         self.preprocessing = preprocessing_of(self.model, recipe.data)
-        self.scoring = ImageScoring(self.preprocessing, channels_last=recipe.train.channels_last)
+        self.scoring = image_scoring(
+            self.preprocessing, channels_last=recipe.train.channels_last, multi_label=self.multi_label
+        )
         self.shuffle = not recipe.data.streaming  # a stream shuffles itself
         augment = recipe.augment
         size = self.preprocessing.img_size
@@ -124,13 +147,20 @@ class ImageClassification(Task):
                 student.set_distilled_training()  # one of its heads for the labels, the other for the teacher
 
     def _class_weights(self) -> Tensor:
-        """``[num_classes]``: the inverse of how often a class comes in the training data, 1 for the average sample."""
+        """``[num_classes]``: the inverse of how often a class comes in the training data, 1 for the average sample.
+
+        Where pictures have several labels: what a class's pictures weigh over those without it, so that both together
+        weigh the same, up to a limit.
+        """
         if isinstance(self.source, StreamSource):
             raise RecipeError("loss.class_weights counts the labels first; expected data.streaming=false.")
         labels = self.source.labels if self.train_indices is None else self.source.labels[self.train_indices]
-        counts = np.bincount(labels, minlength=len(self.classes))
-        present = (counts > 0).sum()
-        return torch.tensor(len(labels) / (present * np.maximum(counts, 1)), dtype=torch.float32)
+        counts = np.maximum(class_counts(labels, len(self.classes)), 1)
+        if self.multi_label:
+            weights = np.clip((len(labels) - counts) / counts, 1 / _POSITIVE_WEIGHT, _POSITIVE_WEIGHT)
+        else:
+            weights = len(labels) / (len(np.unique(labels)) * counts)
+        return torch.tensor(weights, dtype=torch.float32)
 
     def _open_data(self, recipe: Recipe) -> None:
         data = recipe.data
@@ -143,8 +173,9 @@ class ImageClassification(Task):
         else:
             self.source = open_source(data.name, split=data.train_split, root=data.root)
         self.classes = self.source.classes
+        self.multi_label = isinstance(self.source, ImageSource) and self.source.multi_label
         if data.val_split:
-            self.val_source = open_split(data, data.val_split, self.source.classes)
+            self.val_source = open_split(data, data.val_split, self.source.classes, multi_label=self.multi_label)
             self.val_indices = np.arange(len(self.val_source))
         else:
             assert isinstance(self.source, ImageSource)  # a stream has a val_split: the recipe was checked
@@ -174,7 +205,8 @@ class ImageClassification(Task):
         return losses
 
     def write_record(self, folder: RunFolder, config: Any) -> None:
-        ModelRecord(self.recipe.model.name, config, self.preprocessing, self.classes).write(folder)
+        about = self.preprocessing, self.classes
+        ModelRecord(self.recipe.model.name, config, *about, multi_label=self.multi_label).write(folder)
         index = int(self.val_indices[0])
         sample = decode_image(self.val_source.encoded(index), self.val_source.describe(index))
         with write_file(folder.sample) as file:
@@ -182,27 +214,49 @@ class ImageClassification(Task):
 
     @torch.no_grad()
     def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator) -> None:
-        """The confusion matrix, and the pictures of which the model is the surest and wrong."""
-        counts = np.zeros((len(self.classes), len(self.classes)), dtype=np.int64)
+        """The confusion matrix, or every class's figures; the pictures of which the model is the surest and wrong."""
+        num_classes = len(self.classes)
+        counts = np.zeros((num_classes, num_classes), dtype=np.int64)
+        answers, truth = [], []  # of several labels
         wrong: list[tuple[float, int, int]] = []  # (probability, position, answer)
         sampler = EpochSampler(len(self.val_samples), self.recipe.train.batch_size, shuffle=False)
         for batch in Loader(self.val_samples, sampler, max_corrupt=len(self.val_samples)):
             batch = self.scoring.prepare(batch, accelerator.device)
             with accelerator.autocast():
-                sure, answers = model(batch.inputs).float().softmax(1).max(1)
-            np.add.at(counts, (batch.targets.cpu().numpy(), answers.cpu().numpy()), 1)
-            missed = (answers != batch.targets).nonzero().flatten()
-            found = (sure[missed].tolist(), batch.indices[missed].tolist(), answers[missed].tolist())
-            wrong = sorted([*wrong, *zip(*found, strict=True)], reverse=True)[:_MISTAKES]
-        page.pictures.append(("Confusion matrix of the held-out part", confusion_picture(counts, self.classes)))
+                logits = model(batch.inputs).float().cpu()
+            targets = batch.targets.cpu()
+            if self.multi_label:
+                answers.append(logits)
+                truth.append(targets)
+                sure = torch.where(targets, (-logits).sigmoid(), logits.sigmoid())
+                sure = sure.where(sure > 0.5, 0)
+            else:
+                best = logits.argmax(1)
+                np.add.at(counts, (targets.numpy(), best.numpy()), 1)
+                missed = F.one_hot(best, num_classes) * (best != targets)[:, None]
+                sure = logits.softmax(1) * missed
+            values, places = sure.flatten().topk(min(_MISTAKES, sure.numel()))
+            rows, columns = places // num_classes, places % num_classes
+            found = values.tolist(), batch.indices.cpu()[rows].tolist(), columns.tolist()
+            wrong += (each for each in zip(*found, strict=True) if each[0] > 0)
+            wrong = sorted(wrong, reverse=True)[:_MISTAKES]
+        if self.multi_label:
+            logits, targets = torch.cat(answers), torch.cat(truth)
+            precisions, f1 = average_precision(logits, targets), f1_score(logits >= 0, targets, 0)
+            picture = class_figures_picture(precisions.numpy(), f1.numpy(), self.classes)
+            page.pictures.append(("Each class of the held-out part", picture))
+        else:
+            page.pictures.append(("Confusion matrix of the held-out part", confusion_picture(counts, self.classes)))
         if wrong:
-            shown = []
-            for sure, position, answer in wrong:
-                index = int(self.val_indices[position])
-                image = decode_image(self.val_source.encoded(index), self.val_source.describe(index))
-                label = self.classes[int(self.val_source.labels[index])]
-                shown.append((image, f"{self.classes[answer]} ({sure:.0%}), is {label}"))
-            page.pictures.append(("The surest mistakes", mistakes_picture(shown)))
+            page.pictures.append(("The surest mistakes", mistakes_picture([self._mistake(*each) for each in wrong])))
+
+    def _mistake(self, probability: float, position: int, answer: int) -> tuple[Image.Image, str]:
+        """A held-out picture, and what the model says of it that is wrong."""
+        index, name = int(self.val_indices[position]), self.classes[answer]
+        labels = self.val_source.class_names_of(index)
+        denied = "not " if name in labels else ""
+        image = decode_image(self.val_source.encoded(index), self.val_source.describe(index))
+        return image, f"{denied}{name} ({probability:.0%}), is {', '.join(labels) or 'none'}"
 
     def data_hash(self) -> str:
         digest = hashlib.sha256("\n".join(self.classes).encode())
@@ -215,13 +269,34 @@ class ImageClassification(Task):
         return digest.hexdigest()
 
 
+def _check_multi_label(recipe: Recipe) -> None:
+    """Refuse what has no meaning where a picture may have several labels.
+
+    Raises:
+        RecipeError: Naming the first such setting.
+    """
+    augment, distill = recipe.augment, recipe.distill
+    wrong = {
+        "loss.name is 'ce'; expected 'bce'": recipe.loss.name != "bce",
+        "augment.mixup and augment.cutmix mix single labels; expected 0": bool(augment.mixup or augment.cutmix),
+        f"distill.kind is {distill.kind!r}; expected 'feature', or distill.teacher='ema'": distill.teacher
+        not in ("", "ema")
+        and distill.kind != "feature",
+    }
+    for message, holds in wrong.items():
+        if holds:
+            raise RecipeError(f"{recipe.data.name} has several labels a picture, but {message}.")
+
+
 class LabelsLoss:
     """What logits ``[B, num_classes]`` cost beside labels ``[B]`` or shares of classes ``[B, num_classes]``: ``[B]``.
 
+    Labels that are ``[B, num_classes]`` bool are several a sample: each class is a question of its own.
+
     Args:
         loss: Which.
-        smoothing: Of labels that are class indices.
-        weights: ``[num_classes]``, what a sample of each class counts.
+        smoothing: Of labels, not of shares: towards all classes alike, or, of several labels, towards one half.
+        weights: ``[num_classes]``, what a sample of each class counts; of several labels, what a yes counts over a no.
     """
 
     def __init__(self, loss: Loss, smoothing: float, weights: Tensor | None = None) -> None:
@@ -229,6 +304,12 @@ class LabelsLoss:
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits.float()
+        if self.weights is not None:
+            self.weights = self.weights.to(logits.device)
+        if targets.dtype == torch.bool:
+            dense = targets * (1 - self.smoothing) + self.smoothing / 2
+            answers = F.binary_cross_entropy_with_logits(logits, dense, reduction="none", pos_weight=self.weights)
+            return answers.mean(1)
         if self.loss.name == "ce":
             losses = F.cross_entropy(logits, targets, label_smoothing=self.smoothing, reduction="none")
         else:
@@ -239,7 +320,6 @@ class LabelsLoss:
             losses = F.binary_cross_entropy_with_logits(logits, dense, reduction="none").mean(1)
         if self.weights is None:
             return losses
-        self.weights = self.weights.to(logits.device)
         return losses * (self.weights[targets] if targets.ndim == 1 else targets @ self.weights)
 
 
@@ -358,13 +438,21 @@ def preprocessing_of(model: Any, data: Data) -> Preprocessing:
     return dataclasses.replace(own, **{key: value for key, value in changes.items() if value})
 
 
-def open_split(data: Data, split: str, classes: tuple[str, ...], *, root: str = "") -> ImageSource:
+def open_split(
+    data: Data, split: str, classes: tuple[str, ...], *, multi_label: bool = False, root: str = ""
+) -> ImageSource:
     """A split to evaluate on, with its labels in the order of ``classes``; warns of classes that it has no sample of.
 
     Raises:
-        DataError: If it cannot be read, or has a class that is not among them.
+        DataError: If it cannot be read, has a class that is not among them, or has one label a picture where several
+            are expected, or the reverse.
     """
     source = Relabelled(open_source(data.name, split=split, root=root or data.root), classes, f"Split {split!r}")
+    if source.multi_label != multi_label:
+        kinds = ("one label", "several labels")
+        raise DataError(
+            f"Split {split!r} has {kinds[source.multi_label]} a picture; expected {kinds[multi_label]}, as in training."
+        )
     if source.missing:
         shown = ", ".join(source.missing[:5]) + (", ..." if len(source.missing) > 5 else "")
         _logger.warning("Split %r has no sample of %d classes: %s", split, len(source.missing), shown)

@@ -17,7 +17,7 @@ class ImageSource(ABC):
 
     Attributes:
         classes: Class names; a label is an index into them.
-        labels: ``[N]`` int64.
+        labels: ``[N]`` int64; or, where a picture may have several or none, ``[N, len(classes)]`` bool.
     """
 
     classes: tuple[str, ...]
@@ -25,6 +25,16 @@ class ImageSource(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a picture may have several labels."""
+        return self.labels.ndim == 2
+
+    def class_names_of(self, index: int) -> list[str]:
+        """The names of a picture's labels."""
+        label = self.labels[index]
+        return [self.classes[i] for i in np.flatnonzero(label)] if self.multi_label else [self.classes[int(label)]]
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
@@ -54,10 +64,15 @@ class Relabelled(ImageSource):
             raise DataError(
                 f"{name} has the class {strange[0]!r}, which the training data has not.{nearest(strange[0], classes)}"
             )
-        order = {each: i for i, each in enumerate(classes)}
+        indices = {each: i for i, each in enumerate(classes)}
+        order = np.asarray([indices[each] for each in source.classes], dtype=np.int64)
         self.source, self.classes = source, classes
-        self.labels = np.asarray([order[each] for each in source.classes], dtype=np.int64)[source.labels]
-        self.missing = [classes[i] for i in np.setdiff1d(np.arange(len(classes)), self.labels)]
+        if source.multi_label:
+            self.labels = np.zeros((len(source), len(classes)), dtype=bool)
+            self.labels[:, order] = source.labels
+        else:
+            self.labels = order[source.labels]
+        self.missing = [classes[i] for i in np.flatnonzero(class_counts(self.labels, len(classes)) == 0)]
 
     def encoded(self, index: int) -> bytes:
         return self.source.encoded(index)
@@ -76,6 +91,16 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def class_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """How many pictures each class has, ``[num_classes]`` int64; ``labels`` as an :class:`ImageSource` has them."""
+    return labels.sum(0, dtype=np.int64) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
+
+
+def members_of(labels: np.ndarray, label: int) -> np.ndarray:
+    """Indices of the pictures of a class."""
+    return np.flatnonzero(labels[:, label] if labels.ndim == 2 else labels == label)
 
 
 def check_labels(labels: np.ndarray, classes: tuple[str, ...], name: str) -> None:
@@ -106,4 +131,20 @@ def labels_and_classes(values: Sequence[str], names: Sequence[str], where: str) 
                 raise DataError(f"{where}: sample {i} has the class {value!r}.{nearest(value, classes)}")
         labels = np.asarray([order[value] for value in values], dtype=np.int64)
     check_labels(labels, classes, where)
+    return labels, classes
+
+
+def label_sets_and_classes(
+    values: Sequence[Sequence[str]], names: Sequence[str], where: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Several labels a picture, as text -> ``[N, len(classes)]`` bool and class names.
+
+    Errors, and what texts mean, are those of :func:`labels_and_classes`.
+    """
+    if not any(values):
+        raise DataError(f"{where} gives no picture a label.")
+    rows = np.repeat(np.arange(len(values)), [len(each) for each in values])
+    flat, classes = labels_and_classes([value for each in values for value in each], names, where)
+    labels = np.zeros((len(values), len(classes)), dtype=bool)
+    labels[rows, flat] = True
     return labels, classes

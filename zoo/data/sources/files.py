@@ -8,11 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.data.sources.base import IMAGE_SUFFIXES, ImageSource, labels_and_classes, read_bytes
+from zoo.data.sources.base import (
+    IMAGE_SUFFIXES,
+    ImageSource,
+    label_sets_and_classes,
+    labels_and_classes,
+    read_bytes,
+)
 from zoo.errors import DataError, nearest, reason
 
 _PATH_COLUMNS = ("path", "image", "file", "file_name", "filename")
 _LABEL_COLUMNS = ("label", "class", "target")
+_LABELS_COLUMN, _SEPARATOR = "labels", "|"  # of several labels a picture
 MANIFEST_SUFFIXES = {".csv", ".tsv", ".jsonl"}
 
 
@@ -51,7 +58,8 @@ class ManifestSource(ImageSource):
     """A CSV, TSV or JSONL file that lists pictures: a column ``path``, a column ``label``, and perhaps ``split``.
 
     Paths are relative to the file's folder. Labels are class names or indices; ``classes.txt`` beside the file, a name
-    a line, gives indices their names and names their order.
+    a line, gives indices their names and names their order. A column ``labels`` instead of ``label`` gives each picture
+    several of them, or none: a list in JSONL, ``cat|dog`` in CSV and TSV.
 
     Args:
         file: The manifest.
@@ -67,16 +75,26 @@ class ManifestSource(ImageSource):
             raise DataError(f"{file} lists no pictures.")
         columns = list(rows[0])
         path = next((name for name in _PATH_COLUMNS if name in columns), None)
-        label = next((name for name in _LABEL_COLUMNS if name in columns), None)
+        label = next((name for name in (_LABELS_COLUMN, *_LABEL_COLUMNS) if name in columns), None)
         if path is None or label is None:
-            raise DataError(f"{file} has the columns {', '.join(columns)}; expected 'path' and 'label'.")
+            raise DataError(f"{file} has the columns {', '.join(columns)}; expected 'path', and 'label' or 'labels'.")
+        several = label == _LABELS_COLUMN
         for i, row in enumerate(rows):
-            for column in (path, label):
+            for column in (path,) if several else (path, label):
                 if row.get(column) in (None, ""):
                     raise DataError(f"{file}: row {i + 1} has no {column}.")
+            if not several and isinstance(row[label], list):
+                raise DataError(
+                    f"{file}: row {i + 1} has a list for its {label}; several labels are expected in a column "
+                    f"{_LABELS_COLUMN!r}."
+                )
         # All splits count for the classes, so that a label means the same in each.
         classes = read_classes(file.parent)
-        labels, self.classes = labels_and_classes([str(row[label]) for row in rows], classes, str(file))
+        if several:
+            values = [_several(row.get(label), f"{file}: row {i + 1}") for i, row in enumerate(rows)]
+            labels, self.classes = label_sets_and_classes(values, classes, str(file))
+        else:
+            labels, self.classes = labels_and_classes([str(row[label]) for row in rows], classes, str(file))
         splits = [str(row.get("split") or "train") for row in rows]
         if split not in splits:
             known = sorted(set(splits))
@@ -90,6 +108,15 @@ class ManifestSource(ImageSource):
 
     def describe(self, index: int) -> str:
         return str(self.paths[index])
+
+
+def _several(value: object, where: str) -> list[str]:
+    """The labels of a picture, from what a row has for them."""
+    if value is None or isinstance(value, str):
+        return [each.strip() for each in (value or "").split(_SEPARATOR) if each.strip()]
+    if isinstance(value, list) and all(isinstance(each, str | int) for each in value):
+        return [str(each) for each in value]
+    raise DataError(f"{where} has {value!r} for its labels; expected a list of class names, or {_SEPARATOR!r} between.")
 
 
 def read_classes(root: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.data.sources.base import EMBEDDED, ImageSource
+from zoo.data.sources.base import EMBEDDED, ImageSource, class_counts, members_of
 from zoo.data.sources.files import MANIFEST_SUFFIXES, FolderSource, ManifestSource, subfolders
 from zoo.data.sources.shards import ShardSource
 from zoo.data.sources.stream import StreamSource
@@ -157,8 +157,12 @@ def _open_folder(root: Path, split: str) -> ImageSource:
 def stratified_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split sample indices into (train, held out), the same share of every class held out.
 
+    Where pictures have several labels, the rarest class is shared out first, then the next of what is left, as
+    iterative stratification does (Sechidis et al., 2011); pictures without a label are shared out last. Shares are then
+    as equal as classes that come together allow.
+
     Args:
-        labels: ``[N]`` int64.
+        labels: ``[N]`` int64, or ``[N, num_classes]`` bool.
         fraction: Share to hold out, in (0, 1). Every class with two samples or more keeps and gives at least one; a
             single sample is kept for training.
         seed: Decides which.
@@ -167,12 +171,19 @@ def stratified_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[
         DataError: If there is nothing to hold out.
     """
     generator = np.random.default_rng([seed, 0x5EED])
-    held_out = []
-    for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held_out.append(members[:count])
-    held = np.sort(np.concatenate(held_out))
-    if not len(held):
-        raise DataError(f"None of the {len(held_out)} classes has two samples, so that none can be held out.")
-    return np.setdiff1d(np.arange(len(labels)), held), held
+    held = np.zeros(len(labels), dtype=bool)
+    undecided = ~held
+    several = labels.ndim == 2
+    counts = class_counts(labels, 0)
+    order = np.argsort(counts, kind="stable") if several else np.arange(len(counts))
+    groups = [members_of(labels, label) for label in order if counts[label]]
+    if several:
+        groups.append(np.flatnonzero(~labels.any(1)))
+    for members in groups:
+        wanted = min(max(round(fraction * len(members)), 1), len(members) - 1) - held[members].sum()
+        members = generator.permutation(members[undecided[members]])
+        held[members[: max(wanted, 0)]] = True
+        undecided[members] = False
+    if not held.any():
+        raise DataError(f"None of the {len(groups)} classes has two samples, so that none can be held out.")
+    return np.flatnonzero(~held), np.flatnonzero(held)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.data.sources.base import IMAGE_SUFFIXES, ImageSource, labels_and_classes
+from zoo.data.sources.base import IMAGE_SUFFIXES, ImageSource, label_sets_and_classes, labels_and_classes
 from zoo.data.sources.files import read_classes
 from zoo.errors import DataError, reason
 
@@ -21,8 +21,8 @@ from zoo.errors import DataError, reason
 class ShardSource(ImageSource):
     """Tar shards whose samples are a picture and a label.
 
-    The label is a ``.cls`` file (an index or a class name) or ``label`` in a ``.json`` file; ``classes.txt``
-    beside the shards, a name a line, names the indices.
+    The label is a ``.cls`` file (an index or a class name) or ``label`` in a ``.json`` file, which may have a list of
+    ``labels`` instead; ``classes.txt`` beside the shards, a name a line, names the indices.
 
     Raises:
         DataError: If a shard is damaged or cut short, or a sample lacks its picture or label.
@@ -33,7 +33,7 @@ class ShardSource(ImageSource):
         self._open: dict[int, int] = {}  # shard -> file descriptor
         places: list[tuple[int, int, int]] = []  # shard, offset, size
         self.keys: list[str] = []
-        labels: list[str] = []
+        labels: list[str | list[str]] = []
         for shard, file in enumerate(self.files):
             for key, members in _samples(file).items():
                 picture = next((each for suffix, each in members.items() if f".{suffix}" in IMAGE_SUFFIXES), None)
@@ -44,14 +44,24 @@ class ShardSource(ImageSource):
                 self.keys.append(key)
         self._places = np.asarray(places, dtype=np.int64).reshape(-1, 3)
         where = str(files[0].parent if len(files) > 1 else files[0])
-        self.labels, self.classes = labels_and_classes(labels, read_classes(self.files[0].parent), where)
+        classes = read_classes(self.files[0].parent)
+        several = [label for label in labels if isinstance(label, list)]
+        if several and len(several) < len(labels):
+            raise DataError(
+                f"{where}: {len(several)} of {len(labels)} samples have several labels; expected all or none."
+            )
+        if several:
+            self.labels, self.classes = label_sets_and_classes(several, classes, where)
+        else:
+            self.labels, self.classes = labels_and_classes(labels, classes, where)  # type: ignore[arg-type]
 
-    def _label(self, shard: int, key: str, members: dict[str, tuple[int, int]]) -> str:
+    def _label(self, shard: int, key: str, members: dict[str, tuple[int, int]]) -> str | list[str]:
         try:
             if "cls" in members:
                 return self._read(shard, *members["cls"]).decode().strip()
-            return str(json.loads(self._read(shard, *members["json"]))["label"])
-        except (KeyError, ValueError) as error:
+            values = json.loads(self._read(shard, *members["json"]))
+            return list(map(str, values["labels"])) if "labels" in values else str(values["label"])
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.files[shard]}: sample {key!r} has no label; expected a .cls file.") from error
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
