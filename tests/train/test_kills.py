@@ -98,6 +98,7 @@ def ended(processes: list[BaseProcess]) -> list[int | None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)  # twenty kills of four runs take as long as they take
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", ["images", "text"])
 def test_killed_again_and_again(
