@@ -276,7 +276,7 @@ def test_kernels_are_exact() -> None:
     """In int32, on every instruction set that this processor has, at the largest sums that there are."""
     need_kernel()
     ops = torch.ops.zoo_cpu
-    one_token = ((1, 1, 1), (130, 10, 1), (577, 21, 1), (2**17, 7, 1))  # of which several rows may be taken at once
+    one_token = ((1, 1, 1), (130, 10, 1), (577, 21, 1), (2**17, 7, 1))
     for columns, rows, tokens in (*one_token, (31, 5, 3), (64, 8, 4), (513, 9, 5), (7000, 6, 2)):
         ternary = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(0))
         codes = torch.randint(-128, 128, (tokens, columns), generator=torch.Generator().manual_seed(1))

@@ -36,20 +36,18 @@ using at::Tensor;
 
 constexpr int64_t kAlign = 64;             // activations of a token are padded with zeros to a multiple of this
 constexpr int64_t kBlockBytes = 96 * 1024;  // of packed weights that all tokens meet in turn
-constexpr int kMaxTile = 4;  // packed rows times tokens that a kernel takes at once, at most
+constexpr int kMaxTokens = 4;
 
 int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlign; }
 
-// Sums of one packed row times some tokens, or of some packed rows times one token, [kMaxTile][4]:
-// sums[token or packed row][i] is sum(code of row i times activation).
-using Kernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]);
+// Sums of one packed row times some tokens, [kMaxTokens][4]: sums[token][i] is sum(code of row i times activation).
+using RowKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride,
+                           int32_t (*sums)[4]);
 
 struct Kernels {
   const char* name;
-  int rows;                  // of one_token
-  Kernel one_token;          // so many packed rows times one token
-  int tokens;                // at most, at once
-  Kernel one_row[kMaxTile];  // one packed row times 1, 2, ... tokens
+  int tokens;                  // at most, at once
+  RowKernel rows[kMaxTokens];  // for 1, 2, ... tokens
 };
 
 template <int kTokens>
@@ -68,7 +66,7 @@ void rows_portable(const uint8_t* packed, int64_t columns, const int8_t* codes, 
   }
 }
 
-constexpr Kernels kPortable{"portable C++", 1, rows_portable<1>, 1, {rows_portable<1>}};
+constexpr Kernels kPortable{"portable C++", 1, {rows_portable<1>}};
 
 #if ZOO_X86
 
@@ -117,7 +115,7 @@ __attribute__((target("avx2"))) void rows_avx2(const uint8_t* packed, int64_t co
     store_sums(total[token][0], total[token][1], total[token][2], total[token][3], sums[token]);
 }
 
-constexpr Kernels kAvx2{"AVX2", 1, rows_avx2<1>, 2, {rows_avx2<1>, rows_avx2<2>}};
+constexpr Kernels kAvx2{"AVX2", 2, {rows_avx2<1>, rows_avx2<2>}};
 
 // The processor's own 8-bit dot products, which add four products into int32 at a time.
 
@@ -146,7 +144,7 @@ __attribute__((target("avx2,avxvnni"))) void rows_avx_vnni(const uint8_t* packed
     store_sums(sum[token][0], sum[token][1], sum[token][2], sum[token][3], sums[token]);
 }
 
-constexpr Kernels kAvxVnni{"AVX-VNNI", 1, rows_avx_vnni<1>, 2, {rows_avx_vnni<1>, rows_avx_vnni<2>}};
+constexpr Kernels kAvxVnni{"AVX-VNNI", 2, {rows_avx_vnni<1>, rows_avx_vnni<2>}};
 #endif
 
 #define ZOO_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) inline
@@ -176,28 +174,30 @@ ZOO_AVX512_VNNI __m512i add_lanes(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-template <int kRows, int kTokens>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void tile_avx512_vnni(
+template <int kTokens>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512_vnni(
     const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
-  constexpr int kUnits = kRows * kTokens;
-  static_assert(kUnits <= kMaxTile && (kRows == 1 || kTokens == 1));
   const __m512i zero = _mm512_setzero_si512();
   Sums512 first{zero, zero, zero, zero}, second = first, third = first, fourth = first;
-  const auto add = [&](Sums512& to, int unit, int64_t k, __mmask64 inside) __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
-    to.add(_mm512_maskz_loadu_epi8(inside, packed + (kRows > 1 ? unit * columns : 0) + k),
-           _mm512_load_si512(codes + (kTokens > 1 ? unit * stride : 0) + k));
-  };
-  const auto add_all = [&](int64_t k, __mmask64 inside) __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
-    add(first, 0, k, inside);
-    if (kUnits > 1) add(second, 1, k, inside);
-    if (kUnits > 2) add(third, 2, k, inside);
-    if (kUnits > 3) add(fourth, 3, k, inside);
+  const auto add = [&](int64_t k, __mmask64 inside)
+      __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
+    const __m512i w = _mm512_maskz_loadu_epi8(inside, packed + k);
+    first.add(w, _mm512_load_si512(codes + k));
+    if (kTokens > 1) second.add(w, _mm512_load_si512(codes + stride + k));
+    if (kTokens > 2) third.add(w, _mm512_load_si512(codes + 2 * stride + k));
+    if (kTokens > 3) fourth.add(w, _mm512_load_si512(codes + 3 * stride + k));
   };
   int64_t k = 0;
-  for (; k + 64 <= columns; k += 64) add_all(k, ~uint64_t{0});
-  if (k < columns) add_all(k, (uint64_t{1} << (columns - k)) - 1);
-  const __m512i all =
-      add_lanes(add_lanes(first.lanes(), second.lanes()), add_lanes(third.lanes(), fourth.lanes()));
+  if (kTokens == 1) {  // into two sums, since a dot product takes as long as four others take to start
+    for (; k + 128 <= columns; k += 128) {
+      first.add(_mm512_loadu_si512(packed + k), _mm512_load_si512(codes + k));
+      second.add(_mm512_loadu_si512(packed + k + 64), _mm512_load_si512(codes + k + 64));
+    }
+  }
+  for (; k + 64 <= columns; k += 64) add(k, ~uint64_t{0});
+  if (k < columns) add(k, (uint64_t{1} << (columns - k)) - 1);
+  __m512i all = add_lanes(add_lanes(first.lanes(), second.lanes()), add_lanes(third.lanes(), fourth.lanes()));
+  if (kTokens == 1) all = _mm512_add_epi32(all, _mm512_shuffle_i32x4(all, all, 0xb1));
   __m512i others = _mm512_maskz_mov_epi32(0x7777, all);
   others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_BADC));
   others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_CDAB));
@@ -205,11 +205,8 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void tile_avx512
   _mm512_storeu_si512(sums, _mm512_srav_epi32(_mm512_mask_sub_epi32(all, 0x8888, all, others), shifts));
 }
 
-constexpr Kernels kAvx512Vnni{"AVX-512 VNNI",
-                              2,
-                              tile_avx512_vnni<2, 1>,
-                              4,
-                              {tile_avx512_vnni<1, 1>, tile_avx512_vnni<1, 2>, tile_avx512_vnni<1, 3>, tile_avx512_vnni<1, 4>}};
+constexpr Kernels kAvx512Vnni{
+    "AVX-512 VNNI", 4, {rows_avx512_vnni<1>, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>}};
 
 #endif
 
@@ -246,28 +243,18 @@ void multiply(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int6
   const int64_t block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(columns, 1), 4, 64);
   // One thread for what takes less time than waking another
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns * tokens, 1));
-  const auto put = [&](int64_t packed_row, int64_t token, const int32_t* sums) {
-    for (int i = 0; i < 4; ++i)
-      if (packed_row + i * packed_rows < rows) write(token, packed_row + i * packed_rows, sums[i]);
-  };
   at::parallel_for(0, packed_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += block) {
       const int64_t last = std::min(first + block, end);
-      int32_t sums[kMaxTile][4];
-      if (tokens == 1) {
-        for (int64_t r = first; r < last;) {
-          const int count = r + k.rows <= last ? k.rows : 1;
-          (count == k.rows ? k.one_token : k.one_row[0])(packed + r * columns, columns, codes, stride, sums);
-          for (int row = 0; row < count; ++row, ++r) put(r, 0, sums[row]);
-        }
-        continue;
-      }
       for (int64_t token = 0; token < tokens; token += k.tokens) {
         const int count = int(std::min<int64_t>(k.tokens, tokens - token));
-        const Kernel kernel = k.one_row[count - 1];
+        const RowKernel kernel = k.rows[count - 1];
         for (int64_t r = first; r < last; ++r) {
+          int32_t sums[kMaxTokens][4];
           kernel(packed + r * columns, columns, codes + token * stride, stride, sums);
-          for (int t = 0; t < count; ++t) put(r, token + t, sums[t]);
+          for (int t = 0; t < count; ++t)
+            for (int i = 0; i < 4; ++i)
+              if (r + i * packed_rows < rows) write(token + t, r + i * packed_rows, sums[t][i]);
         }
       }
     }
