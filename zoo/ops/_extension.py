@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -68,6 +69,7 @@ class Extension:
             return "no C++ compiler"
         if ninja() is None:
             return 'no ninja: pip install "efficient-zoo[kernels]"'
+        from filelock import FileLock
         from torch.utils import cpp_extension  # slow to import
 
         flags = ["-O3", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), []), *self.flags]
@@ -77,18 +79,31 @@ class Extension:
             )  # not for the linker too: the symbols are then found in the OpenMP library of torch
         version = "\n".join([self.source.read_text(encoding="utf-8"), *flags, torch.__version__, sys.platform])
         name = f"zoo_{self.operator}_{hashlib.sha256(version.encode()).hexdigest()[:12]}"
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        folder = Path(root) / name
-        built, whole = folder / f"{name}.so", folder / "whole"  # the latter is there once the former is
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+        library = root / f"{name}.so"  # there once it is whole
         try:
-            if whole.exists():  # ninja would build it anew for a source at another path
-                torch.ops.load_library(str(built))
-                return None
-            folder.mkdir(parents=True, exist_ok=True)
-            cpp_extension.load(
-                name, [str(self.source)], extra_cflags=flags, build_directory=str(folder), is_python_module=False
-            )
-            whole.touch()
+            if not library.exists():
+                root.mkdir(parents=True, exist_ok=True)
+                # One process builds. The system lifts this lock when its holder is killed; torch's own, a file that the
+                # holder removes, would keep every later process waiting.
+                with FileLock(library.with_suffix(".lock")):
+                    if not library.exists():
+                        self._build_and_load(library, flags)
+                        return None
+            torch.ops.load_library(str(library))
         except Exception as error:  # whatever a compiler, a linker or a read-only cache folder comes up with
             return f"not built: {reason(error)}"
         return None
+
+    def _build_and_load(self, library: Path, flags: list[str]) -> None:
+        from torch.utils import cpp_extension
+
+        with TemporaryDirectory(prefix=f"{library.stem}-", dir=library.parent) as folder:
+            cpp_extension.load(
+                library.stem,
+                [str(self.source)],
+                extra_cflags=flags,
+                build_directory=folder,
+                is_python_module=False,
+            )
+            Path(folder, library.name).replace(library)
