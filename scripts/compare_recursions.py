@@ -1,4 +1,4 @@
-"""Puts the runs of tinyshakespeare/ that replicate the paper's comparison side by side, in docs/ and as curves.
+"""Puts the runs of tinyshakespeare/ that replicate the paper's comparison side by side, in the README and as curves.
 
     for name in mor_2m_r3 recursive_2m_r3 vanilla_2m; do
     OMP_NUM_THREADS=1 zoo train tinyshakespeare/$name --out runs/$name --resume; done
@@ -82,7 +82,7 @@ def main() -> None:
         f"Speeds are CPU time, in turns, on {arguments.hardware}, writing 32 sequences through `DepthBatcher`."
     )
     table = "\n".join([*head, *rows, "", caption])
-    page = ROOT / "docs" / "mixture-of-recursions.md"
+    page = ROOT / "README.md"
     text = re.sub(
         r"(<!-- recursions -->\n).*?(<!-- /recursions -->)",
         lambda match: f"{match[1]}{table}\n{match[2]}",
