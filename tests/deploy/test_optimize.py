@@ -239,8 +239,8 @@ def test_language_models_are_packed(tmp_path: Path) -> None:
     packed.save(tmp_path / "lm")
     assert torch.equal(zoo.load_optimized(tmp_path / "lm")(tokens), packed(tokens))
 
-    tried = {(row.engine, row.status) for row in search(model, time_limit=20.0).report.rows}
-    assert {name for name, _ in tried} == {"eager", "packed"}, "forms, which can generate, and only those that fit"
+    tried = {row.engine for row in search(model, time_limit=20.0).report.rows if row.status != "skipped"}
+    assert tried == {"eager", "packed"}, "forms, which can generate, and only those that fit"
     with pytest.raises(ConfigError, match="Linear writes no text"):
         search(nn.Linear(4, 2), torch.ones(1, 4), engines=["eager"]).generate(tokens)
 

@@ -444,7 +444,8 @@ def test_doctor_names_every_operator() -> None:
     from zoo.cli.doctor import examine
 
     operators = examine()["operators"]
-    assert {name.partition(" ")[0] for name in operators} == {"selective_scan", "hgrn_scan", "bit_linear"}
+    named = {name.partition(" ")[0] for name in operators}
+    assert named == {"selective_scan", "hgrn_scan", "bit_linear", "attend_rows"}
     need_kernel()
     assert cpu.kernels()[0] in operators["bit_linear on cpu"]
 

@@ -306,7 +306,7 @@ def test_batch_norms_folded_by_hand(name: str, randomise: Any) -> None:
 @pytest.mark.parametrize("name", ["efficientvit_m0", "lowformer_b0", "tinynet_e"])
 def test_what_fuse_leaves_is_refused(name: str) -> None:
     state = zoo.create_model(name).eval().fuse().state_dict()
-    with pytest.raises(WeightsError, match=r"Not a state dict of .*It has no batch norms, as after fuse\(\)"):
+    with pytest.raises(WeightsError, match=r"after fuse\(\)"):
         convert_state_dict(state, name)
 
 

@@ -65,7 +65,7 @@ def convert_state_dict(state_dict: Mapping[str, Any], name: str, **overrides: An
     found = _recognise(state, family, model)
     unknown = [*found.unknown, *(found.origin.get(key, key) for key in found.state if key not in own)]
     missing = [key for key in own if key not in found.state]
-    if (unknown or missing) and model.fuse().state_dict().keys() == state.keys():
+    if (unknown or missing) and hasattr(model, "fuse") and model.fuse().state_dict().keys() == state.keys():
         raise WeightsError(
             f"These are the weights of {name} after fuse(), which no other form of it can load; expected those before, "
             f"or load them with zoo.create_model({name!r}).fuse().load_state_dict(...)."

@@ -148,6 +148,7 @@ class _Run:
             sharding=recipe.train.sharding,
             offload=recipe.train.offload,
         )
+        self._meter = EnergyMeter(self.accelerator.device)
         self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes, micro_batch)
         self.accelerator.gradient_accumulation_steps = self.accumulate
         self.task = TASKS[recipe.task](recipe)
@@ -248,7 +249,6 @@ class _Run:
             self.accelerator.init_trackers("tensorboard")
         self.progress.announce()
         self._clock = time.perf_counter()
-        self._meter = EnergyMeter(self.accelerator.device)
         try:
             with self.progress, _on_sigterm(self._terminate):
                 while not self._finished:
