@@ -11,6 +11,8 @@ import argparse
 import re
 from pathlib import Path
 
+from _sections import replace
+
 from zoo.atomic import write_atomically
 from zoo.train.evaluate import evaluate_run
 from zoo.train.finetune import read_metrics
@@ -49,15 +51,7 @@ def main() -> None:
         )
     caption = f"Core-minutes are CPU time of training with its evaluations and data workers, on {arguments.hardware}."
     table = "\n".join([*rows, "", caption])
-    readme = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- cifar10 -->\n).*?(<!-- /cifar10 -->)",
-        lambda match: f"{match[1]}{table}\n{match[2]}",
-        readme.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    with write_atomically(readme) as file:
-        file.write(text.encode())
+    replace(ROOT / "README.md", "cifar10", table)
     if histories:
         _plot(histories, ROOT / "docs" / "cifar10.png")
     print(table)

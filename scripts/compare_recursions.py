@@ -10,7 +10,6 @@ speeds are medians in turns, of CPU time on one thread.
 """
 
 import argparse
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _sections import replace
 from _timing import in_turns
 
 from zoo.analysis.counts import count_modules
@@ -82,15 +82,7 @@ def main() -> None:
         f"Speeds are CPU time, in turns, on {arguments.hardware}, writing 32 sequences through `DepthBatcher`."
     )
     table = "\n".join([*head, *rows, "", caption])
-    page = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- recursions -->\n).*?(<!-- /recursions -->)",
-        lambda match: f"{match[1]}{table}\n{match[2]}",
-        page.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    with write_atomically(page) as file:
-        file.write(text.encode())
+    replace(ROOT / "README.md", "recursions", table)
     if curves:
         plot(curves, ROOT / "docs" / "recursions.png")
     print(table)

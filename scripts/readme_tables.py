@@ -5,11 +5,12 @@
 Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced. A test keeps the pages as this writes them.
 """
 
-import re
 from collections import defaultdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from _sections import replaced
 
 from zoo.pretrained.manifest import Metric, Weights, list_weights
 from zoo.registry import index
@@ -122,10 +123,7 @@ def rendered(page: str) -> str:
     """The page, named by its path in the project, with its tables brought up to date."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, table in PAGES[page].items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        assert re.search(pattern, text, re.DOTALL), f"{page} has no <!-- {name} --> section"
-        new = table()
-        text = re.sub(pattern, lambda match, new=new: f"{match[1]}{new}\n{match[2]}", text, flags=re.DOTALL)
+        text = replaced(text, name, table())
     return text
 
 

@@ -4,6 +4,8 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -13,7 +15,8 @@ def test_readme_opens_with_the_two_commands() -> None:
     assert opening.index("scripts/quickstart") < opening.index("scripts/test")
 
 
-def test_tables_are_current() -> None:
+def test_tables_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # as when it runs as a script
     script = runpy.run_path(str(ROOT / "scripts" / "readme_tables.py"))
     for page in script["PAGES"]:
         current = (ROOT / page).read_text(encoding="utf-8")
