@@ -4,6 +4,8 @@ import gc
 import statistics
 from collections.abc import Callable, Mapping
 
+import torch
+
 
 def in_turns(rounds: int, timers: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """``rounds`` samples of each timer in turn, after one of each that is not counted."""
@@ -31,6 +33,37 @@ def seconds_a_call(call: Callable[[], object], clock: Callable[[], float], at_le
         call()
         calls += 1
     return (clock() - start) / calls
+
+
+def replayed(call: Callable[[], object], calls: int, at_least: float) -> Callable[[], float]:
+    """A timer of a call on a GPU: the mean of ``calls`` of them recorded as a CUDA graph, which is replayed.
+
+    So the processor's time to start kernels one by one is left out.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(calls):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run() -> float:
+        seconds, replays = 0.0, 0
+        while seconds < at_least:
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds += start.elapsed_time(end) / 1e3
+            replays += 1
+        return seconds / (replays * calls)
+
+    return run
 
 
 def spread(samples: list[float]) -> float:

@@ -1,6 +1,6 @@
 """Packed BitLinear against torch's linear layers, the gated recurrence against a loop over steps, and training memory.
 
-    python scripts/benchmark_bit_linear.py [--threads 2] [--rounds 7] [--only products scan memory]
+    python scripts/benchmark_bit_linear.py [--device cpu] [--threads 2] [--rounds 7] [--only products scan memory]
 
 Products are those of the released MatMul-free LMs' MLPs. What is compared is interleaved, so that all of it sees the
 same machine; the figures are medians of the rounds, with the distance between the quartiles in percent. A layer is
@@ -12,7 +12,10 @@ Memory is a fresh process's peak above what it held before, in a training step o
 six: forward, backward, and the gradients that they leave. Unfused are the same layers written in PyTorch's operators,
 as the reference is.
 
-Tables are printed as Markdown. Rows for a GPU say "not measured".
+On a GPU (``--device cuda``) products are replayed as CUDA graphs, which leaves out what starting a kernel costs the
+processor, and memory is that of PyTorch's allocator. The recurrence runs there as it is called.
+
+Tables are printed as Markdown.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _timing import in_turns, seconds_a_call, spread
+from _timing import in_turns, replayed, seconds_a_call, spread
 
 import zoo
 from zoo.models.matmulfree import MatMulFreeBlock
@@ -61,8 +64,10 @@ def show(seconds: list[float]) -> str:
     return f"{1e6 * median(seconds):.4g} us ({spread(seconds):.0f} %)"
 
 
-def measured(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a quick call is repeated within its turn."""
+def measured(calls: dict[str, Callable[[], Any]], rounds: int, replays: int = 0) -> dict[str, list[float]]:
+    """Seconds of each call in each round; a quick call is repeated within its turn, or replayed as a CUDA graph."""
+    if replays:
+        return in_turns(rounds, {name: replayed(call, replays, at_least=0.03) for name, call in calls.items()})
     return in_turns(rounds, {k: partial(seconds_a_call, f, time.perf_counter, at_least=0.03) for k, f in calls.items()})
 
 
@@ -72,16 +77,16 @@ def copies(tensor: torch.Tensor, cached: bool) -> Callable[[], torch.Tensor]:
     return partial(next, itertools.cycle([tensor, *(tensor.clone() for _ in range(count - 1))]))
 
 
-def benchmark_products(rounds: int) -> None:
-    block = torch.ones(BEYOND_CACHES // 4)
+def benchmark_products(rounds: int, device: str) -> None:
+    block = torch.ones(BEYOND_CACHES // 4, device=device)
     columns_of_speed = ("packed GB/s", "memory GB/s", "share")
     header("out x in, batch", "weights", "packed", "float32", "bfloat16", "x float32", "x bfloat16", *columns_of_speed)
     for (rows, columns), batch in itertools.product(SHAPES, BATCHES):
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(batch, columns, generator=generator)
-        weight = 0.02 * torch.randn(rows, columns, generator=generator)
+        x = torch.randn(batch, columns, generator=generator).to(device)
+        weight = 0.02 * torch.randn(rows, columns, generator=generator).to(device)
         packed, scale = pack_weight(weight)
-        norm_weight = torch.ones(columns)
+        norm_weight = torch.ones(columns, device=device)
         for cached in (True, False) if batch == 1 else (True,):
             half, half_weight = x.bfloat16(), copies(weight.bfloat16(), cached)
             full_weight, packed_weight = copies(weight, cached), copies(packed, cached)
@@ -99,6 +104,7 @@ def benchmark_products(rounds: int) -> None:
                     "memory": block.sum,
                 },
                 rounds if batch < 100 else 3,
+                replays=0 if device == "cpu" else 20 if cached else 200,
             )
             seconds = {name: median(turns) for name, turns in times.items()}
             rate, speed = packed.nbytes / seconds["packed"], block.nbytes / seconds.pop("memory")
@@ -112,19 +118,22 @@ def benchmark_products(rounds: int) -> None:
             )
 
 
-def benchmark_scan(rounds: int) -> None:
+def benchmark_scan(rounds: int, device: str) -> None:
     header(f"hgrn_scan, T = {LENGTH}, d = {WIDTH}", "step loop", "zoo.ops.hgrn_scan", "x", "2T / T")
 
     def make(scan: Callable[..., Any], length: int, backward: bool) -> Callable[[], Any]:
         generator = torch.Generator().manual_seed(0)
-        f = torch.rand(1, length, WIDTH, generator=generator).requires_grad_(backward)
-        v = torch.randn(1, length, WIDTH, generator=generator).requires_grad_(backward)
-        grad = torch.randn(1, length, WIDTH, generator=generator)
+        f = torch.rand(1, length, WIDTH, generator=generator).to(device).requires_grad_(backward)
+        v = torch.randn(1, length, WIDTH, generator=generator).to(device).requires_grad_(backward)
+        grad = torch.randn(1, length, WIDTH, generator=generator).to(device)
 
         def call() -> Any:
             with torch.set_grad_enabled(backward):
                 states, _ = scan(f, v)
-                return torch.autograd.grad(states, (f, v), grad) if backward else states
+                result = torch.autograd.grad(states, (f, v), grad) if backward else states
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return result
 
         return call
 
@@ -140,8 +149,8 @@ def benchmark_scan(rounds: int) -> None:
         row(name, show(times["loop"]), show(times["zoo"]), f"{loop / ours:.1f}", f"{twice / ours:.2f}")
 
 
-def benchmark_memory() -> None:
-    if not Path("/proc/self/clear_refs").exists():
+def benchmark_memory(device: str) -> None:
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         print("\nTraining memory: not measured (needs Linux)")
         return
     header("training memory, tokens", "unfused", "fused", "less by", "kept for backward: unfused", "fused")
@@ -150,7 +159,7 @@ def benchmark_memory() -> None:
         for tokens in lengths:
             found = {}
             for form in ("unfused", "fused"):
-                command = [sys.executable, __file__, "--peak", str(tokens), *map(str, sizes)]
+                command = [sys.executable, __file__, "--device", device, "--peak", str(tokens), *map(str, sizes)]
                 environment = {
                     **os.environ,
                     "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system
@@ -163,8 +172,8 @@ def benchmark_memory() -> None:
             row(f"{name}, {tokens}", *cells[:2], f"{1 - fused_peak / peak:.0%}", *cells[2:])
 
 
-def print_peak(tokens: int, *sizes: int) -> None:
-    """Print by how many bytes a training step raises this process's peak, and how many the forward pass leaves.
+def print_peak(device: str, tokens: int, *sizes: int) -> None:
+    """Print by how many bytes a training step raises the peak of this process, and how many the forward pass leaves.
 
     Of a layer of these sizes, [Cout, Cin], or of a block of the model. Which form runs, the environment says.
     """
@@ -180,14 +189,21 @@ def print_peak(tokens: int, *sizes: int) -> None:
         x = torch.randn(1, tokens, config.hidden_size).requires_grad_()
         return lambda x: made(x, *[None] * 4)[0], x, torch.randn(x.shape)
 
-    def step(run: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is held
-        out = run(x)
-        kept = _status("VmRSS") - before
-        out.backward(grad)
-        print(_status("VmHWM") - before, kept)
+    def held() -> int:
+        return _status("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
 
+    def step(run: Any, x: torch.Tensor, grad: torch.Tensor) -> None:
+        before = held()
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is now what is held
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        out = run(x)
+        kept = held() - before
+        out.backward(grad)
+        print((_status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()) - before, kept)
+
+    torch.set_default_device(device)
     step(*(layer(64, 64, 64) if sizes else block(64, hidden_size=64)))  # loads what is loaded once
     step(*(layer(tokens, *sizes) if sizes else block(tokens)))
 
@@ -199,6 +215,7 @@ def _status(field: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=["products", "scan", "memory"])
@@ -206,23 +223,25 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
-        print_peak(*map(int, options.peak))
+        print_peak(options.device, *map(int, options.peak))
         return
     parts = options.only or ["products", "scan", "memory"]
-    chosen = choose(torch.device("cpu"))
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
-    print(
-        f"{options.threads} threads, wall time; load average before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores"
-    )
+    device = options.device
+    chosen = choose(torch.device(device))
+    if device == "cpu":
+        print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+        load = f"load average before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores"
+        print(f"{options.threads} threads, wall time; {load}")
+    else:
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, TF32 off")
     print(f"bit_linear: {chosen.name}: {chosen.reason}")
     with torch.no_grad():
         if "products" in parts:
-            benchmark_products(options.rounds)
+            benchmark_products(options.rounds, device)
         if "scan" in parts:
-            benchmark_scan(options.rounds)
+            benchmark_scan(options.rounds, device)
     if "memory" in parts:
-        benchmark_memory()
-    print("\nTriton on a GPU: not measured")
+        benchmark_memory(device)
 
 
 if __name__ == "__main__":

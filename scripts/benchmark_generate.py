@@ -1,6 +1,7 @@
 """Decoding speed and memory of whole language models: MatMul-free LM, packed and not, and a Llama of its size.
 
     OMP_NUM_THREADS=2 python scripts/benchmark_generate.py --threads 2 [--rivals FOLDER]
+    python scripts/benchmark_generate.py --device cuda --only speed
 
 Random weights: speed does not depend on them. Each sample decodes --tokens tokens after the ones before it, batch 1,
 the likeliest token each time; the models take turns, and the ratios are to the first. The Llama is transformers' own
@@ -63,7 +64,7 @@ class Decoder:
     def __init__(self, model: Any, prompt: int) -> None:
         self.model = model
         self.cache: Any = None
-        self.step(torch.arange(prompt)[None] % 256)
+        self.step(torch.arange(prompt, device=model.device)[None] % 256)
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor) -> None:
@@ -76,6 +77,8 @@ class Decoder:
         start = clock()
         for _ in range(tokens):
             self.step(self.token)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return (clock() - start) / tokens
 
     @property
@@ -200,14 +203,14 @@ def makers(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
     def unpacked() -> Any:
         torch.manual_seed(0)
-        return zoo.build(config).eval()
+        return zoo.build(config, device=arguments.device).eval()
 
     models: dict[str, Callable[[], Any]] = {
         "zoo, packed": lambda: pack_bit_linears(unpacked()),
         "zoo, packed, int8 embeddings": lambda: pack_bit_linears(unpacked(), int8_embeddings=True),
         "zoo, unpacked": unpacked,
-        "Llama float32": partial(llama_like, config, torch.float32),
-        "Llama bfloat16": partial(llama_like, config, torch.bfloat16),
+        "Llama float32": lambda: llama_like(config, torch.float32).to(arguments.device),
+        "Llama bfloat16": lambda: llama_like(config, torch.bfloat16).to(arguments.device),
     }
     made = {name: (lambda make=make: Decoder(make(), arguments.prompt)) for name, make in models.items()}
     for name in RIVALS if arguments.rivals else ():
@@ -239,6 +242,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens read first")
     parser.add_argument("--tokens", type=int, default=8, help="tokens decoded in a sample")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; --rivals and peaks of memory are for cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--without", nargs="*", default=[], help="rows to leave out, to save time and memory")
@@ -273,9 +277,9 @@ def main() -> None:
     timers = {name: partial(each.seconds, arguments.tokens, clock) for name, each in decoders.items()}
     samples = in_turns(arguments.rounds, timers)
     first = statistics.median(next(iter(samples.values())))
-    print(
-        f"{arguments.model}, batch 1, {arguments.threads} threads, {arguments.clock} clock, torch {torch.__version__}"
-    )
+    gpu = arguments.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if gpu else f"{arguments.threads} threads, {arguments.clock} clock"
+    print(f"{arguments.model}, batch 1, {where}, torch {torch.__version__}")
     print("| model | tokens/s | spread (%) | time over the first | weights + state (MB) | of float32 | peak RSS (MB) |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, seconds in samples.items():

@@ -31,20 +31,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--train", type=int, default=256, help="tokens of a training step; 0: none")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config: Any = zoo.get_config(options.model)
-    ours: Any = zoo.build(config).eval()
+    place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    ours: Any = zoo.build(config).eval().to(**place)
     models: dict[str, Any] = {}
     if "vanilla" in options.against:
-        models["vanilla"] = make_vanilla(config)
+        models["vanilla"] = make_vanilla(config).to(**place)
     if "recursive" in options.against:
-        models["recursive"] = zoo.build(config.override(router="none", capacities=())).eval()
+        models["recursive"] = zoo.build(config.override(router="none", capacities=())).eval().to(**place)
     models["mor"] = ours
-    text = torch.randint(0, config.vocab_size, (options.sequences, 64))
-    print(f"{options.model}, {options.threads} threads, float32")
+    text = torch.randint(0, config.vocab_size, (options.sequences, 64)).to(options.device)
+    where = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{options.threads} threads"
+    print(f"{options.model}, {where}, {options.dtype}")
     if options.steps:
         prompts = text[:, : options.prompt]
         depth = calibrate_on_own_text(ours, prompts[:8])
@@ -58,7 +62,6 @@ def main() -> None:
         prefill(rounds, length, models, config)
     if options.train:
         training(options.train, models, config)
-    print("GPU: not measured")
 
 
 def make_vanilla(config: Any) -> Any:
@@ -96,8 +99,9 @@ def decode(options: argparse.Namespace, prompts: torch.Tensor, models: dict[str,
     for name, model in models.items():
         timers[f"{name}, in step"] = in_step(model, prompts, options.steps)
     batchers = {}
-    for name, pack in (("mor", False), ("mor", True), ("recursive", True)):
-        if name not in models:
+    for name, pack in (("mor", False), ("mor", True), ("recursive", True), ("recursive", False)):
+        on_gpu = prompts.is_cuda  # where nothing is packed
+        if name not in models or (pack if on_gpu else (name, pack) == ("recursive", False)):
             continue
         label = f"{name}, depth-wise{', packed' if pack else ''}"
         batcher = batchers[label] = DepthBatcher(models[name], max_sequences=len(prompts), pack=pack)
@@ -119,6 +123,13 @@ def decode(options: argparse.Namespace, prompts: torch.Tensor, models: dict[str,
         print(f"{name}: mean depth {statistics.mean(depths):.2f}, {size:.1f} tokens a pass")
 
 
+def now() -> float:
+    """Now, when a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def in_step(model: Any, prompts: torch.Tensor, steps: int) -> Callable[[], float]:
     """Tokens a second of all sequences together, a token of each at a time, as ``generate`` does."""
     with torch.inference_mode():
@@ -128,11 +139,11 @@ def in_step(model: Any, prompts: torch.Tensor, steps: int) -> Callable[[], float
 
     @torch.inference_mode()
     def run() -> float:
-        start = time.perf_counter()
+        start = now()
         for _ in range(steps):
             out = model(state["ids"], **{keyword: state["cache"]}, use_cache=True)
             state["ids"] = out.logits[:, -1:].argmax(-1)
-        return steps * len(prompts) / (time.perf_counter() - start)
+        return steps * len(prompts) / (now() - start)
 
     return run
 
@@ -150,25 +161,25 @@ def depth_wise(batcher: DepthBatcher, steps: int) -> Callable[[], float]:
         return sum(len(place.result.tokens) for place in batcher.places if place is not None)
 
     def run() -> float:
-        before, start = count(), time.perf_counter()
+        before, start = count(), now()
         for _ in range(passes):
             batcher.step()
-        return (count() - before) / (time.perf_counter() - start)
+        return (count() - before) / (now() - start)
 
     return run
 
 
 def prefill(rounds: int, length: int, models: dict[str, Any], config: Any) -> None:
     """Seconds to read a prompt, and bytes of the cache that it leaves for each token."""
-    ids = torch.randint(0, config.vocab_size, (1, length))
+    ids = torch.randint(0, config.vocab_size, (1, length)).to(models["mor"].device)
     left: dict[str, int] = {}
 
     def timer(name: str, model: Any) -> Callable[[], float]:
         @torch.inference_mode()
         def run() -> float:
-            start = time.perf_counter()
+            start = now()
             out = model(ids, use_cache=True, logits_to_keep=1)
-            seconds = time.perf_counter() - start
+            seconds = now() - start
             cache = cache_of(out)
             if hasattr(cache, "state"):
                 left[name] = cache.state.nbytes
@@ -181,18 +192,19 @@ def prefill(rounds: int, length: int, models: dict[str, Any], config: Any) -> No
     timers = {name: timer(name, model) for name, model in models.items()}
     samples = in_turns(rounds, timers) if rounds > 1 else {name: [run()] for name, run in timers.items()}
     base = statistics.median(next(iter(samples.values())))
+    itemsize = models["mor"].dtype.itemsize
     print(f"\nprefill, T = {length:4}       seconds   first = 1   cache bytes/token   formula")
     for name, seconds in samples.items():
         middle = statistics.median(seconds)
-        formula = config.override(router="none", capacities=()).kv_bytes_per_token(itemsize=4)
+        formula = config.override(router="none", capacities=()).kv_bytes_per_token(itemsize=itemsize)
         if name == "mor":
-            formula = config.kv_bytes_per_token(models[name].model.last.mean_depth, itemsize=4)
+            formula = config.kv_bytes_per_token(models[name].model.last.mean_depth, itemsize=itemsize)
         print(f"{name:20}{middle:13.2f}{middle / base:14.2f}{left[name] / length:20.0f}{formula:10.0f}")
 
 
 def training(length: int, models: dict[str, Any], config: Any) -> None:
     """Seconds of a forward and a backward pass, and what is kept between them."""
-    ids = torch.randint(0, config.vocab_size, (1, length))
+    ids = torch.randint(0, config.vocab_size, (1, length)).to(models["mor"].device)
     print(f"\ntraining step, 1 x {length}   seconds   first = 1   MB saved for backward   MB of weights")
     base = 0.0
     for name, model in models.items():
@@ -206,11 +218,13 @@ def training(length: int, models: dict[str, Any], config: Any) -> None:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        start = time.perf_counter()
+        if ids.is_cuda:
+            model(ids, labels=ids).loss.backward()  # libraries choose their kernels
+        start = now()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(ids, labels=ids).loss
         loss.backward()
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         base = base or seconds
         size = sum(parameter.nbytes for parameter in model.parameters())
         print(f"{name:20}{seconds:13.2f}{seconds / base:14.2f}{sum(kept.values()) / 1e6:24.0f}{size / 1e6:16.0f}")

@@ -1,5 +1,11 @@
 """Attention to a ragged cache: every implementation against the definition."""
 
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -73,3 +79,67 @@ def test_shapes_that_disagree() -> None:
         attend_rows(q, keys, values[..., :8], rows, counts)
     with pytest.raises(ShapeError, match="with a divisor of H"):
         attend_rows(q[:, :5], keys, values, rows, counts)
+
+
+INTERPRETED = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import test_attend_rows as tests
+from zoo.ops.attend_rows import triton_impl
+
+triton_impl.TILE |= {"C": 8}  # more than one tile of what is small
+for name, sizes in tests.CASES.items():
+    if name != "double":
+        inputs = tests.case(**sizes)
+        tests.assert_close(tests.attend_rows(*inputs), tests.attend_rows_reference(*inputs), atol=2e-6, rtol=0)
+"""
+
+
+@pytest.mark.slow
+def test_triton_kernel_interpreted() -> None:
+    """The Triton kernel's arithmetic, without a GPU."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", choose.variable: "triton"}
+    command = [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_triton_kernel_compiles() -> None:
+    """To machine code of a GPU that need not be there."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zoo.ops.attend_rows import triton_impl
+
+    function = triton_impl._kernel
+    if not isinstance(function, triton.JITFunction):
+        pytest.skip("Triton interprets here")
+    constants = {"G": 4, "W": 64, "C": triton_impl.TILE["C"]}
+    types = {"rows": "*i64", "counts": "*i64", "scale": "fp32"}
+    floats = ("q", "keys", "values", "out")
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32" if name in floats else "i32")
+        for name in inspect.signature(function.fn).parameters
+    }
+    source = ASTSource(function, signature, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "double"])
+def test_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    assert choose(torch.device("cuda")).name == "triton"
+    q, keys, values, rows, counts = case(**CASES[name])
+    q, keys, values = (each.to(dtype) for each in (q, keys, values))
+    expected = attend_rows_reference(*(each.float() for each in (q, keys, values)), rows, counts)
+    # The cache is not contiguous here either.
+    found = attend_rows(q.cuda(), *(each.cuda() for each in (keys, values)), rows.cuda(), counts.cuda())
+    assert found.dtype == dtype
+    assert_close(found.float().cpu(), expected, atol=2e-5 if dtype == torch.float32 else 0.02, rtol=0)

@@ -521,8 +521,8 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_bit_linear as tests
 from zoo.ops.bit_linear import triton_impl
-triton_impl.ROWS, triton_impl.COLUMNS = 4, 16  # more than one tile of what is small
-triton_impl.MANY_ROWS, triton_impl.MANY_COLUMNS = 16, 32
+triton_impl.FEW_TILE |= {"R": 4, "K": 16}  # more than one tile of what is small
+triton_impl.MANY_TILE |= {"M": 16, "R": 16, "K": 32}
 for size in ({"columns": 37, "rows": 23}, {"columns": 70, "rows": 90, "tokens": (33,)}, {"columns": 1, "rows": 1}):
     inputs = tests.make_inputs(**size)
     expected = tests.with_gradients(tests.bit_linear_reference, inputs)
@@ -558,8 +558,8 @@ def test_triton_kernels_compile(kernel: str) -> None:
         pytest.skip("Triton interprets here")
     constants = {
         "_quantise_kernel": {"K": 4096},
-        "_few_kernel": {"R": triton_impl.ROWS, "K": triton_impl.COLUMNS},
-        "_many_kernel": {"M": triton_impl.TOKENS, "R": triton_impl.MANY_ROWS, "K": triton_impl.MANY_COLUMNS},
+        "_few_kernel": {name: triton_impl.FEW_TILE[name] for name in "RK"},
+        "_many_kernel": {name: triton_impl.MANY_TILE[name] for name in "MRK"},
     }[kernel]
     types = {"codes": "*i8", "packed": "*u8", "sums": "*i32", "eps": "fp32"}
     integers = ("tokens", "packed_rows", "rows", "columns")

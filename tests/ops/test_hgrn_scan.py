@@ -291,7 +291,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_hgrn_scan as tests
 from zoo.ops.hgrn_scan import triton_impl
-triton_impl.STEPS, triton_impl.COLUMNS = 8, 4  # the interpreter takes its time for each element
+triton_impl.TILE |= {"T": 8, "D": 4}  # the interpreter takes its time for each element
 for size in ({"length": 19, "width": 6}, {"length": 16, "batch": 1, "width": 4}, {"length": 2, "width": 1}):
     for state in (True, False):
         inputs = tests.make_inputs(**size, state=state)
@@ -324,7 +324,7 @@ def test_triton_kernels_compile(kernel: str, state: bool) -> None:
     function = getattr(triton_impl, kernel)
     if not isinstance(function, triton.JITFunction):
         pytest.skip("Triton interprets here")
-    constants = {"T": triton_impl.STEPS, "D": triton_impl.COLUMNS, "HAS_STATE": state}
+    constants = {name: triton_impl.TILE[name] for name in "TD"} | {"HAS_STATE": state}
     if not state:
         constants["initial_state"] = None
     integers = {"length", "width", "tiles"}

@@ -63,7 +63,7 @@ class _Pass:
         # Which of the tokens are at each depth, None for all of them; no entry for the first and last layer.
         self.at: dict[int, Tensor | None] = {}
         if depths is not None:
-            every = torch.tensor(depths)
+            every = torch.tensor(depths, device=rows.device)
             found = sorted(set(depths))
             self.at = {depth: (every == depth).nonzero()[:, 0] if len(found) > 1 else None for depth in found}
         # By depth and group: rows of the cache, columns in it, and how many tokens the rows hold then.

@@ -2,9 +2,10 @@
 
     reference.py      row by row, written for reading
     attend_rows.cpp, cpu.py  C++ for CPUs, built at first use: looks at the cache where it lies
+    triton_impl.py    Triton for CUDA GPUs, likewise
     gathered.py       PyTorch's attention on a copy of the rows, under a mask, for everything else
 
-``ZOO_ATTEND_ROWS=ref|cpu|torch`` in the environment forces one; ``zoo doctor`` says which one runs.
+``ZOO_ATTEND_ROWS=ref|cpu|triton|torch`` in the environment forces one; ``zoo doctor`` says which one runs.
 """
 
 import torch
@@ -30,7 +31,8 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, counts: T
     Returns:
         ``[N, H, K]`` in the dtype of ``q``.
 
-    The kernel for CPUs takes float32 and float64 and has no derivatives: under autograd, PyTorch's attention runs.
+    The kernels have no derivatives: under autograd, PyTorch's attention runs. That for CPUs takes float32 and float64,
+    that for GPUs float32 and what is shorter.
 
     Raises:
         ShapeError: If the shapes disagree.
@@ -42,7 +44,7 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, counts: T
             f"q is {list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)}, rows {list(rows.shape)}; "
             "expected [N, H, K], twice [B, Hkv, capacity, K] with a divisor of H, and [N]."
         )
-    plain = q.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling()
+    plain = torch.compiler.is_compiling() or (q.is_cpu and q.dtype not in (torch.float32, torch.float64))
     if plain or (torch.is_grad_enabled() and q.requires_grad):
         return gathered.forward(q, keys, values, rows, counts)
     return choose(q.device, q.dtype).module.forward(q, keys, values, rows, counts)

@@ -1,8 +1,8 @@
 """BitLinear in Triton for CUDA GPUs: the norm and quantisation of a token in one kernel, the packed product in others.
 
 One product is for a few tokens, as in decoding: a program owns some packed rows and adds up products of int8 and codes.
-The other is for many: it unpacks a tile of weights into int8 and lets the tensor cores multiply it with a tile of
-tokens, exactly, in int32. Neither writes an unpacked weight to memory.
+The other is for many: it unpacks a tile of bytes into four of int8 and lets the tensor cores multiply each with a
+tile of tokens, exactly, in int32. Neither writes an unpacked weight to memory.
 
 With ``TRITON_INTERPRET=1`` in the environment before this module is imported, it runs on the CPU, slowly, for tests.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 from zoo.ops.bit_linear.reference import pack_ternary, quantise_weight
 
 FEW = 8  # tokens up to which the product is that of decoding
-ROWS, COLUMNS = 8, 256  # of a tile of packed weights, in decoding
-TOKENS, MANY_ROWS, MANY_COLUMNS = 32, 32, 64  # of a tile, for many tokens
+# Tiles of packed weights, and what the compiler is told of them.
+FEW_TILE: dict[str, int] = {"R": 8, "K": 256, "num_warps": 4}
+MANY_TILE: dict[str, int] = {"M": 64, "R": 32, "K": 64, "num_warps": 4, "num_stages": 3}
 
 # The kernels' arguments are pointers and numbers that Triton types itself.
 # mypy: disable-error-code="no-untyped-def"
@@ -73,14 +74,22 @@ def _few_kernel(
 
 
 @triton.jit
+def _store(product, unit, out, m, row, tokens, rows, real):
+    inside = (m < tokens)[:, None] & (real & (row < rows))[None, :]
+    tl.store(out + m[:, None].to(tl.int64) * rows + row[None, :], product.to(tl.float32) * unit[:, None], mask=inside)
+
+
+@triton.jit
 def _many_kernel(
     codes, step, packed, scale, out, tokens, packed_rows, rows, columns,
     M: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * M + tl.arange(0, M)
     r = tl.program_id(1) * R + tl.arange(0, R)
-    shift = 2 * tl.program_id(2)  # which of the four weights of a byte
-    total = tl.zeros([M, R], tl.int32)
+    first = tl.zeros([M, R], tl.int32)
+    second = tl.zeros([M, R], tl.int32)
+    third = tl.zeros([M, R], tl.int32)
+    fourth = tl.zeros([M, R], tl.int32)
     for start in range(0, columns, K):
         k = start + tl.arange(0, K)
         real = k < columns
@@ -89,20 +98,21 @@ def _many_kernel(
             mask=(r < packed_rows)[None, :] & real[:, None],
             other=0,
         )
-        weight = ((w.to(tl.int32) >> shift & 3) - 1).to(tl.int8)  # where there is none, activations are 0
-        a = tl.load(
+        a = tl.load(  # where there is no weight, activations are 0
             codes + m[:, None].to(tl.int64) * columns + k[None, :],
             mask=(m < tokens)[:, None] & real[None, :],
             other=0,
         )
-        total += tl.dot(a, weight, out_dtype=tl.int32)
+        first += tl.dot(a, ((w & 3).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
+        second += tl.dot(a, ((w >> 2 & 3).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
+        third += tl.dot(a, ((w >> 4 & 3).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
+        fourth += tl.dot(a, ((w >> 6).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
     unit = tl.load(step + m, mask=m < tokens, other=0.0) * tl.load(scale)
-    row = r + tl.program_id(2) * packed_rows
-    tl.store(
-        out + m[:, None].to(tl.int64) * rows + row[None, :],
-        total.to(tl.float32) * unit[:, None],
-        mask=(m < tokens)[:, None] & ((r < packed_rows) & (row < rows))[None, :],
-    )
+    exists = r < packed_rows
+    _store(first, unit, out, m, r, tokens, rows, exists)
+    _store(second, unit, out, m, r + packed_rows, tokens, rows, exists)
+    _store(third, unit, out, m, r + 2 * packed_rows, tokens, rows, exists)
+    _store(fourth, unit, out, m, r + 3 * packed_rows, tokens, rows, exists)
 
 
 def forward(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
@@ -125,13 +135,11 @@ def packed_forward(
     out = x.new_empty(*x.shape[:-1], out_features)
     packed = packed.contiguous()
     if tokens <= FEW:
-        _few_kernel[(tokens, triton.cdiv(packed_rows, ROWS))](
-            codes, step, sums, packed, scale, out, packed_rows, out_features, columns, R=ROWS, K=COLUMNS
+        _few_kernel[(tokens, triton.cdiv(packed_rows, FEW_TILE["R"]))](
+            codes, step, sums, packed, scale, out, packed_rows, out_features, columns, **FEW_TILE
         )
         return out
-    grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(packed_rows, MANY_ROWS), 4)
-    _many_kernel[grid](
-        codes, step, packed, scale, out, tokens, packed_rows, out_features, columns,
-        M=TOKENS, R=MANY_ROWS, K=MANY_COLUMNS,
-    )  # fmt: skip
+    _many_kernel[(triton.cdiv(tokens, MANY_TILE["M"]), triton.cdiv(packed_rows, MANY_TILE["R"]))](
+        codes, step, packed, scale, out, tokens, packed_rows, out_features, columns, **MANY_TILE
+    )
     return out

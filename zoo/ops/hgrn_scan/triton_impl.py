@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEPS, COLUMNS = 32, 64  # of a tile
+TILE: dict[str, int] = {"T": 32, "D": 64, "num_warps": 4}  # steps and columns, and what the compiler is told
 
 # The kernels' arguments are pointers and numbers that Triton types itself.
 # mypy: disable-error-code="no-untyped-def"
@@ -80,7 +80,7 @@ def forward(f: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
     """As :func:`zoo.ops.hgrn_scan.vectorised.forward`."""
     batch, length, width = v.shape
     states = torch.empty_like(v, memory_format=torch.contiguous_format)
-    _forward_kernel[(batch, triton.cdiv(width, COLUMNS))](
+    _forward_kernel[(batch, triton.cdiv(width, TILE["D"]))](
         f.contiguous(),
         v.contiguous(),
         None if initial_state is None else initial_state.contiguous(),
@@ -88,8 +88,7 @@ def forward(f: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
         length,
         width,
         HAS_STATE=initial_state is not None,
-        T=STEPS,
-        D=COLUMNS,
+        **TILE,
     )
     return states
 
@@ -98,7 +97,7 @@ def backward(grad: Tensor, f: Tensor, states: Tensor, initial_state: Tensor | No
     """As :func:`zoo.ops.hgrn_scan.vectorised.backward`."""
     batch, length, width = f.shape
     grad_f, grad_v = (torch.empty_like(f, memory_format=torch.contiguous_format) for _ in range(2))
-    _backward_kernel[(batch, triton.cdiv(width, COLUMNS))](
+    _backward_kernel[(batch, triton.cdiv(width, TILE["D"]))](
         grad.contiguous(),
         f.contiguous(),
         states.contiguous(),
@@ -107,9 +106,8 @@ def backward(grad: Tensor, f: Tensor, states: Tensor, initial_state: Tensor | No
         grad_v,
         length,
         width,
-        triton.cdiv(length, STEPS),
+        triton.cdiv(length, TILE["T"]),
         HAS_STATE=initial_state is not None,
-        T=STEPS,
-        D=COLUMNS,
+        **TILE,
     )
     return grad_f, grad_v

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 64  # steps
+WARPS = 4  # of a program
 
 
 # The kernels' arguments are pointers and numbers that Triton types itself.
@@ -172,6 +173,7 @@ def _settings(
         "SOFTPLUS": delta_softplus,
         "N": triton.next_power_of_2(A.shape[1]),
         "T": TILE,
+        "num_warps": WARPS,
     }
 
 
