@@ -1,5 +1,6 @@
 """zoo.optimize, what it says, what it saves, and what it survives."""
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -245,6 +246,45 @@ def test_language_models_are_packed(tmp_path: Path) -> None:
         search(nn.Linear(4, 2), torch.ones(1, 4), engines=["eager"]).generate(tokens)
 
 
+@torch.no_grad()
+def test_replayed_steps_change_nothing_elsewhere() -> None:
+    pytest.importorskip("transformers")
+    from zoo.deploy.steps import ReplayedSteps, replay_steps
+
+    model: Any = zoo.create_model("matmulfree_2m", hidden_size=64, num_hidden_layers=2).eval()
+    tokens = torch.tensor([[5, 6, 7], [1, 2, 3]])
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected, names = model.generate(tokens, **options), list(model.state_dict())
+    copied = copy.deepcopy(replay_steps(model))
+    assert isinstance(copied.model.forward, ReplayedSteps)
+    assert copied.model.forward.trunk is copied.model
+    assert list(copied.state_dict()) == names
+    for each in (model, copied):
+        assert torch.equal(each.generate(tokens, **options), expected)
+        assert not each.model.forward.steps, "nothing is recorded on a CPU"
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_steps_are_replayed_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model: Any = zoo.create_model("matmulfree_2m", hidden_size=64, num_hidden_layers=2).eval()
+    fast = search(model, target="cuda", precision="fp32", engines=["packed-cuda-graph"])
+    assert fast.report.chosen.engine == "packed-cuda-graph", str(fast.report)
+    packed = search(model, target="cuda", precision="fp32", engines=["packed"])
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    for rows in (1, 3, 1):  # two recordings, the first used twice
+        tokens = torch.randint(256, (rows, 7), device="cuda")
+        mask = torch.ones_like(tokens)
+        mask[-1, :2] = 0  # padding on the left
+        found = fast.generate(tokens, attention_mask=mask, **options)
+        assert torch.equal(found, packed.generate(tokens, attention_mask=mask, **options))
+    assert len(fast.model.model.forward.steps) == 2
+
+
 def test_models_that_cannot_be_optimised() -> None:
     x = torch.ones(1, 4)
     with pytest.raises(ConfigError, match="example is None"):
@@ -426,7 +466,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], picture
 def test_on_a_gpu(model: nn.Module) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    fast = search(model, target="cuda", precision="fp16")
+    fast = search(model, torch.randn(1, 3, 64, 64), target="cuda", precision="fp16")
     rows = {(row.engine, row.precision): row for row in fast.report.rows}
     assert rows["cuda-graph", "fp16"].latency_ms is not None, str(fast.report)
     x = torch.randn(1, 3, 64, 64)

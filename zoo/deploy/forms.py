@@ -1,4 +1,4 @@
-"""Ways of running the module itself, without another runtime: as it is, fused, channels-last, packed, as a CUDA graph.
+"""Ways of running the module itself, without another runtime: as it is, fused, channels-last, packed, as CUDA graphs.
 
 A form makes a module out of a copy of the model. Another package adds its own with :func:`register_form`.
 """
@@ -63,6 +63,8 @@ class CudaGraph(nn.Module):
             return self._output.clone()  # the next replay writes over it
         return type(self._output)(each.clone() for each in self._output)
 
+    @torch.inference_mode(False)  # its tensors are written over outside of that mode too
+    @torch.no_grad()
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [x.clone() for x in inputs]
         stream = torch.cuda.Stream()
@@ -82,6 +84,12 @@ def _packed(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {**packed}).eval().requires_grad_(False)
 
 
+def _packed_and_replayed(model: nn.Module) -> nn.Module:
+    from zoo.deploy.steps import replay_steps  # language models are no part of the others
+
+    return replay_steps(_packed(model))
+
+
 def _without_bit_linears(model: nn.Module, target: str) -> str:
     return "" if any(type(layer) is BitLinear for layer in model.modules()) else "the model has no ternary weights"
 
@@ -99,6 +107,11 @@ def _off_cuda(model: nn.Module, target: str) -> str:
     return "" if target.startswith("cuda") else "needs a CUDA GPU"
 
 
+def _without_steps(model: nn.Module, target: str) -> str:
+    recurrent = getattr(getattr(model, "model", None), "attributes", {}).get("_is_stateful")
+    return _without_bit_linears(model, target) or ("" if recurrent else "its cache grows") or _off_cuda(model, target)
+
+
 _FORMS = {
     form.name: form
     for form in (
@@ -106,6 +119,7 @@ _FORMS = {
         Form("fused", fused, _without_fuse),
         Form("channels-last", lambda model: ChannelsLast(fused(model)), _without_convolutions),
         Form("packed", _packed, _without_bit_linears),
+        Form("packed-cuda-graph", _packed_and_replayed, _without_steps),
         Form("cuda-graph", lambda model: CudaGraph(fused(model)), _off_cuda),
     )
 }

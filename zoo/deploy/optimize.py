@@ -31,6 +31,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 FP32_TOLERANCE = 1e-4  # relative: what reordering sums may change
 _CHECKED = 64  # pictures that every candidate answers before it counts
 _MEASURED_SHARE = 0.25  # of the time limit, kept for measuring
+_WRITTEN = 16  # tokens that a language model writes in a measured call on a GPU
 _TURN = 0.1  # seconds in which a candidate is called again and again, at least once
 
 
@@ -276,7 +277,8 @@ def optimize(
     asked = _precisions(precision, pictures is not None)
     names, named = _engines(engines), engines is not None or precision != "auto"
     inputs = _as_example(model, example)
-    if example is None and names is None and not inputs[0].is_floating_point():
+    prompted = example is None and not inputs[0].is_floating_point()
+    if prompted and names is None:
         names = forms.form_names()  # a program has no cache to go on from
     threads = threads or torch.get_num_threads()
     device = torch.device(target)
@@ -304,7 +306,11 @@ def optimize(
     if not any(row.engine == "eager" for row in search.rows):
         search.try_form("eager", "fp32")  # what the others are compared with
         candidates = search.candidates
-    calls = {key: _call(candidate.run, inputs) for key, candidate in candidates.items()}
+    writes = prompted and device.type == "cuda"  # where forms differ in what a step costs beside the arithmetic
+    calls = {
+        key: _writing(candidate.model, inputs) if writes and candidate.model else _call(candidate.run, inputs)
+        for key, candidate in candidates.items()
+    }
     once = sum(max(_seconds(call), _TURN) for call in calls.values())  # of one round; and the first part of a warm-up
     left = max(0.0, deadline - time.monotonic())
     timings = measure(
@@ -330,6 +336,7 @@ def optimize(
     facts = {
         "target": target,
         "threads": threads,
+        "measured": f"reading {inputs[0].shape[1]} tokens and writing {_WRITTEN}" if writes else "a call",
         "inputs": [[list(x.shape), str(x.dtype).removeprefix("torch.")] for x in inputs],
         "tolerance": tolerance,
         "checked": _checked_on(checks, pictures),
@@ -644,6 +651,18 @@ def _call(run: Run, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
     def call() -> None:
         with torch.inference_mode():
             run(*inputs)
+
+    return call
+
+
+def _writing(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    """What a language model is for: reading a prompt and writing on from it."""
+    writer: Any = model.model if isinstance(model, InDtype) else model
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": _WRITTEN}
+
+    def call() -> None:
+        with torch.inference_mode():
+            writer.generate(inputs[0], **options)
 
     return call
 

@@ -79,7 +79,7 @@ def calibrate(model: Any, tokens: Tensor, budget: float | None = None) -> float:
             trunk.arch = config.override(thresholds=tuple(thresholds))
             logits = _router_logits(model, tokens)
             arrived = logits[recursion].flatten().sigmoid().double() if len(logits) > recursion else torch.ones(1)
-            quantiles.append(tuple(arrived.quantile(torch.linspace(0, 1, 65, dtype=arrived.dtype)).tolist()))
+            quantiles.append(tuple(arrived.quantile(torch.linspace(0, 1, 65).to(arrived)).tolist()))
             kept = round(share / before * len(arrived))
             thresholds[recursion] = 0.0 if share == before else _kth_largest(arrived, kept)
             before = share

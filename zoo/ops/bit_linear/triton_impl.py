@@ -1,8 +1,8 @@
 """BitLinear in Triton for CUDA GPUs: the norm and quantisation of a token in one kernel, the packed product in others.
 
 One product is for a few tokens, as in decoding: a program owns some packed rows and adds up products of int8 and codes.
-The other is for many: it unpacks a tile of bytes into four of int8 and lets the tensor cores multiply each with a
-tile of tokens, exactly, in int32. Neither writes an unpacked weight to memory.
+The other is for many: it unpacks one weight of each byte of a tile into int8 and lets the tensor cores multiply them
+with a tile of tokens, exactly, in int32. Neither writes an unpacked weight to memory.
 
 With ``TRITON_INTERPRET=1`` in the environment before this module is imported, it runs on the CPU, slowly, for tests.
 """
@@ -14,10 +14,18 @@ from torch import Tensor
 
 from zoo.ops.bit_linear.reference import pack_ternary, quantise_weight
 
-FEW = 8  # tokens up to which the product is that of decoding
-# Tiles of packed weights, and what the compiler is told of them.
-FEW_TILE: dict[str, int] = {"R": 8, "K": 256, "num_warps": 4}
-MANY_TILE: dict[str, int] = {"M": 64, "R": 32, "K": 64, "num_warps": 4, "num_stages": 3}
+FEW, SOME = 8, 64  # tokens up to which the product is that of decoding, and up to which tiles are small
+# Tiles, and what the compiler is told of them; measured on an H200.
+NORM: dict[str, int] = {"num_warps": 8}
+FEW_TILE: dict[str, int] = {"R": 2, "K": 1024, "num_warps": 4}  # packed rows, columns
+SOME_TILE: dict[str, int] = {
+    "M": 32,
+    "R": 16,
+    "K": 256,
+    "num_warps": 4,
+    "num_stages": 3,
+}  # tokens, packed rows, columns
+MANY_TILE: dict[str, int] = {"M": 128, "R": 128, "K": 128, "num_warps": 8, "num_stages": 3}
 
 # The kernels' arguments are pointers and numbers that Triton types itself.
 # mypy: disable-error-code="no-untyped-def"
@@ -74,22 +82,14 @@ def _few_kernel(
 
 
 @triton.jit
-def _store(product, unit, out, m, row, tokens, rows, real):
-    inside = (m < tokens)[:, None] & (real & (row < rows))[None, :]
-    tl.store(out + m[:, None].to(tl.int64) * rows + row[None, :], product.to(tl.float32) * unit[:, None], mask=inside)
-
-
-@triton.jit
 def _many_kernel(
     codes, step, packed, scale, out, tokens, packed_rows, rows, columns,
     M: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * M + tl.arange(0, M)
     r = tl.program_id(1) * R + tl.arange(0, R)
-    first = tl.zeros([M, R], tl.int32)
-    second = tl.zeros([M, R], tl.int32)
-    third = tl.zeros([M, R], tl.int32)
-    fourth = tl.zeros([M, R], tl.int32)
+    shift = (2 * tl.program_id(2)).to(tl.uint8)  # which of the four weights of a byte
+    total = tl.zeros([M, R], tl.int32)
     for start in range(0, columns, K):
         k = start + tl.arange(0, K)
         real = k < columns
@@ -103,16 +103,15 @@ def _many_kernel(
             mask=(m < tokens)[:, None] & real[None, :],
             other=0,
         )
-        first += tl.dot(a, ((w & 3).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
-        second += tl.dot(a, ((w >> 2 & 3).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
-        third += tl.dot(a, ((w >> 4 & 3).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
-        fourth += tl.dot(a, ((w >> 6).to(tl.int8) - 1).to(tl.int8), out_dtype=tl.int32)
+        weight = (w >> shift & 3).to(tl.int8) - 1
+        total = tl.dot(a, weight.to(tl.int8), total, out_dtype=tl.int32)
     unit = tl.load(step + m, mask=m < tokens, other=0.0) * tl.load(scale)
-    exists = r < packed_rows
-    _store(first, unit, out, m, r, tokens, rows, exists)
-    _store(second, unit, out, m, r + packed_rows, tokens, rows, exists)
-    _store(third, unit, out, m, r + 2 * packed_rows, tokens, rows, exists)
-    _store(fourth, unit, out, m, r + 3 * packed_rows, tokens, rows, exists)
+    row = r + tl.program_id(2) * packed_rows
+    tl.store(
+        out + m[:, None].to(tl.int64) * rows + row[None, :],
+        total.to(tl.float32) * unit[:, None],
+        mask=(m < tokens)[:, None] & ((r < packed_rows) & (row < rows))[None, :],
+    )
 
 
 def forward(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
@@ -131,7 +130,7 @@ def packed_forward(
     codes = x.new_empty(tokens, columns, dtype=torch.int8)
     step, sums = x.new_empty(tokens), x.new_empty(tokens, dtype=torch.int32)
     width = triton.next_power_of_2(columns)
-    _quantise_kernel[(tokens,)](x, norm_weight.contiguous(), codes, step, sums, eps, columns, K=width)
+    _quantise_kernel[(tokens,)](x, norm_weight.contiguous(), codes, step, sums, eps, columns, K=width, **NORM)
     out = x.new_empty(*x.shape[:-1], out_features)
     packed = packed.contiguous()
     if tokens <= FEW:
@@ -139,7 +138,8 @@ def packed_forward(
             codes, step, sums, packed, scale, out, packed_rows, out_features, columns, **FEW_TILE
         )
         return out
-    _many_kernel[(triton.cdiv(tokens, MANY_TILE["M"]), triton.cdiv(packed_rows, MANY_TILE["R"]))](
-        codes, step, packed, scale, out, tokens, packed_rows, out_features, columns, **MANY_TILE
+    tile = SOME_TILE if tokens <= SOME else MANY_TILE
+    _many_kernel[(triton.cdiv(tokens, tile["M"]), triton.cdiv(packed_rows, tile["R"]), 4)](
+        codes, step, packed, scale, out, tokens, packed_rows, out_features, columns, **tile
     )
     return out
