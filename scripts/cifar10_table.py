@@ -1,7 +1,7 @@
 """Evaluates runs of recipes of cifar10/ on the whole test set, and writes the README's table and its picture of curves.
 
     for name in recipes/cifar10/*-short.toml recipes/cifar10/*-finetune.toml; do run=runs/$(basename $name .toml)
-    OMP_NUM_THREADS=1 /usr/bin/time -v -a -o $run.time zoo train $name data.root=PATH --out $run --resume; done
+    OMP_NUM_THREADS=1 /usr/bin/time -v -a -o $run.time zoo train $name data.root=PATH --out $run --resume auto; done
     python scripts/cifar10_table.py runs --root PATH --hardware "one core of ..."
 
 A recipe without a finished run has a row that says so. Nothing is trained here.

@@ -1,7 +1,7 @@
 """Puts the runs of tinyshakespeare/ that replicate the paper's comparison side by side, in the README and as curves.
 
     for name in mor_2m_r3 recursive_2m_r3 vanilla_2m; do
-    OMP_NUM_THREADS=1 zoo train tinyshakespeare/$name --out runs/$name --resume; done
+    OMP_NUM_THREADS=1 zoo train tinyshakespeare/$name --out runs/$name --resume auto; done
     python scripts/compare_recursions.py runs --hardware "one core of ..."
 
 A recipe without a finished run has a row that says so. Nothing is trained here. Training FLOPs are six to each

@@ -163,3 +163,15 @@ def tiny_recipe(class_folder: Path) -> Callable[..., Any]:
         return base.replace(**changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def changed_in_an_epoch() -> Callable[[Any], set[str]]:
+    """A function that makes the steps of a fresh run's first epoch; returns which parameters and buffers changed."""
+
+    def steps(run: Any) -> set[str]:
+        before = {name: tensor.clone() for name, tensor in run.plain_model.state_dict().items()}
+        run._train_epoch()
+        return {name for name, tensor in run.plain_model.state_dict().items() if (tensor != before[name]).any()}
+
+    return steps

@@ -213,10 +213,10 @@ def test_train_evaluate_predict(cli: Callable, recipe: Path, tmp_path: Path) -> 
     assert words.endswith(" on 12 pictures\n")
 
     again = cli("train", recipe, "optim.lr=1e-3", "--out", out)
-    assert_one_line(again, f"{out} holds a run already; pass --resume to continue it, or another --out.")
-    other = cli("train", recipe, "optim.lr=1e-4", "--out", out, "--resume")
+    assert_one_line(again, f"{out} holds a run already; pass --resume auto to continue it, or another --out.")
+    other = cli("train", recipe, "optim.lr=1e-4", "--out", out, "--resume", "auto")
     assert_one_line(other, f"{out} holds a run of another recipe: optim.lr was 0.001, is 0.0001. Choose another --out.")
-    assert cli("train", recipe, "optim.lr=1e-3", "--out", out, "--resume").code == 0
+    assert cli("train", recipe, "optim.lr=1e-3", "--out", out, "--resume", "auto").code == 0
 
 
 def test_finetune_beside_the_same_from_scratch(
@@ -266,7 +266,7 @@ def test_an_interrupt_says_how_to_go_on(
 
     monkeypatch.setattr("zoo.train.engine._Run.run", interrupt)
     answer = cli("train", recipe, "--out", tmp_path / "run")
-    assert_one_line(answer, f"interrupted; with --resume the same command continues {tmp_path / 'run'}.", code=130)
+    assert_one_line(answer, f"interrupted; with --resume auto the same command continues {tmp_path / 'run'}.", code=130)
 
 
 @pytest.mark.parametrize("verb, why", [("train", "Training"), ("eval", "Evaluating a run")])
@@ -332,7 +332,10 @@ def test_a_real_interrupt_ends_with_one_line(recipe: Path, tmp_path: Path) -> No
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, f"zoo: interrupted; with --resume the same command continues {out}.\n")
+    assert (process.returncode, err) == (
+        130,
+        f"zoo: interrupted; with --resume auto the same command continues {out}.\n",
+    )
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_sigterm_saves_and_ends_well(recipes: dict[str, Recipe], alone: dict[str
     processes[-1].send_signal(signal.SIGTERM)  # one of them is enough
     printed = finish(processes)
     if "Stopped by SIGTERM" in printed[0]:  # it may have been about to end anyway
-        assert "is saved, --resume goes on there." in printed[0]
+        assert "is saved, --resume auto goes on there." in printed[0]
         assert not (tmp_path / "run" / "result.json").exists()
     train(recipe, tmp_path / "run", resume=True, quiet=True)
     assert_close(tmp_path / "run", alone["images"])

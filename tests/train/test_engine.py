@@ -122,7 +122,9 @@ def test_a_finished_run_resumes_to_its_result(finished: Result) -> None:
 
 def test_a_run_folder_in_use_is_not_overwritten(finished: Result, tiny_recipe: Callable, tmp_path: Path) -> None:
     held = zoo.load_recipe(finished.folder / "recipe.toml")
-    with pytest.raises(RecipeError, match=r"holds a run already; pass --resume to continue it, or another --out.$"):
+    with pytest.raises(
+        RecipeError, match=r"holds a run already; pass --resume auto to continue it, or another --out.$"
+    ):
         train(held, finished.folder, quiet=True)
     other = held.replace(**{"optim.lr": 0.5, "model.overrides.drop_rate": 0.1})
     with pytest.raises(RecipeError) as caught:
@@ -309,13 +311,20 @@ def test_cpus_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
         device.make_accelerator("fp32", sharding="fsdp2")
 
 
-@pytest.mark.parametrize("package, what", [("matplotlib", "Plotting the curves"), ("tensorboard", "train.tensorboard")])
+@pytest.mark.parametrize(
+    "package, what, extra",
+    [
+        ("matplotlib", "Plotting the curves", "train"),
+        ("tensorboard", "train.tensorboard", "train"),
+        ("wandb", "train.wandb", "wandb"),
+    ],
+)
 def test_a_missing_package_shows_before_the_work_begins(
-    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, what: str
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, what: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf'^{what} needs {package}: pip install "efficient-zoo\[train\]"$'):
-        train(tiny_recipe(**{"train.tensorboard": True}), tmp_path, quiet=True)
+    with pytest.raises(MissingExtraError, match=rf'^{what} needs {package}: pip install "efficient-zoo\[{extra}\]"$'):
+        train(tiny_recipe(**{"train.tensorboard": True, "train.wandb": "test"}), tmp_path, quiet=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -465,7 +474,9 @@ def test_sigterm_saves_and_a_resumed_run_is_the_same(
 
     whole = train(tiny_recipe(), tmp_path / "whole", quiet=True)
     monkeypatch.setattr(_Run, "_optimiser_step", terminate)
-    with pytest.raises(Preempted, match=r"^Stopped by SIGTERM after step 9; .*safetensors is saved, --resume goes on "):
+    with pytest.raises(
+        Preempted, match=r"^Stopped by SIGTERM after step 9; .*safetensors is saved, --resume auto goes on "
+    ):
         train(tiny_recipe(), tmp_path / "run", quiet=True)
     assert Preempted.exit_code == 0
     assert signal.getsignal(signal.SIGTERM) is before

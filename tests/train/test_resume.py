@@ -132,7 +132,7 @@ def test_killed_between_two_files(
 def test_killed_command_line(recipe: Recipe, whole: Path, tmp_path: Path, outcome: Callable) -> None:
     path, folder = tmp_path / "recipe.toml", RunFolder(tmp_path / "run")
     path.write_text(recipe.to_toml())
-    command = [sys.executable, "-m", "zoo", "train", str(path), "--out", str(folder.path), "--resume"]
+    command = [sys.executable, "-m", "zoo", "train", str(path), "--out", str(folder.path), "--resume", "auto"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for delay in (0.0, 0.05):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

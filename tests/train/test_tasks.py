@@ -206,6 +206,11 @@ def test_loss_pruning_keeps_the_expected_gradient() -> None:
     assert (pruning.weights == 1).all()
 
 
+def test_pruning_that_leaves_no_batch_is_refused(tiny_recipe: Callable, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^data.pruning leaves 5 samples of epoch 1, fewer than train.batch_size 8"):
+        train(tiny_recipe(**{"data.pruning": "random", "data.prune_fraction": 0.9}), tmp_path, quiet=True)
+
+
 @pytest.mark.parametrize("kind", ["random", "loss"])
 def test_a_pruned_run_makes_fewer_steps_and_resumes(
     tiny_recipe: Callable, tmp_path: Path, outcome: Callable, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +12,20 @@ import typer
 if TYPE_CHECKING:
     from zoo.train.recipe import Recipe
 
+
+class Resume(StrEnum):
+    """What becomes of a run that the folder holds already."""
+
+    auto = "auto"
+    never = "never"
+
+
 _Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that zoo ships.")]
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, such as optim.lr=1e-3 data.root=PATH.")]
 _Out = Annotated[Path | None, typer.Option(help="The run folder; by default runs/<recipe>.")]
-_Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder, if there is one.")]
+_Resume = Annotated[
+    Resume, typer.Option(help="auto: continue the run in the folder, or start one where there is none. never: start.")
+]
 _Show = Annotated[bool, typer.Option("--show", help="Print the resolved recipe and exit.")]
 
 
@@ -24,12 +35,17 @@ _Data = Annotated[
 
 
 def train(
-    recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = False, show: _Show = False
+    recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = Resume.never, show: _Show = False
 ) -> None:
     """Train a model as a recipe says."""
     from zoo.train.recipe import find_recipe, load_recipe
 
-    _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
+    _run(
+        load_recipe(recipe, overrides or []),
+        out or Path("runs") / find_recipe(recipe).stem,
+        resume is Resume.auto,
+        show,
+    )
 
 
 def finetune(
@@ -37,7 +53,7 @@ def finetune(
     overrides: _Overrides = None,
     data: _Data = "",
     out: _Out = None,
-    resume: _Resume = False,
+    resume: _Resume = Resume.never,
     show: _Show = False,
 ) -> None:
     """Fine-tune pretrained weights, as a recipe says or, with --data, on pictures without a recipe.
@@ -51,14 +67,19 @@ def finetune(
     if not data:
         if is_model(recipe) and not Path(recipe).exists():
             raise RecipeError(f"{recipe!r} is a model; expected --data with it, or a recipe (`zoo recipes list`).")
-        _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
+        _run(
+            load_recipe(recipe, overrides or []),
+            out or Path("runs") / find_recipe(recipe).stem,
+            resume is Resume.auto,
+            show,
+        )
         return
     from zoo.train.automatic import finetune_recipe
 
     choice = finetune_recipe(recipe, data, overrides or [])
     if not show:
         print(*choice.notes, sep="\n")
-    _run(choice.recipe, out or Path("runs") / f"{recipe}-{Path(data).stem}", resume, show)
+    _run(choice.recipe, out or Path("runs") / f"{recipe}-{Path(data).stem}", resume is Resume.auto, show)
 
 
 def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
@@ -77,7 +98,7 @@ def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
     try:
         comparison = finetune(recipe, out, resume=resume)
     except KeyboardInterrupt as interrupt:
-        print(f"zoo: interrupted; with --resume the same command continues {out}.", file=sys.stderr)
+        print(f"zoo: interrupted; with --resume auto the same command continues {out}.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
     if not PartialState().is_main_process:  # one of several says it
         return

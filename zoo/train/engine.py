@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import platform
+import secrets
 import signal
 import sys
 import threading
@@ -29,7 +30,7 @@ from zoo.analysis.energy import EnergyMeter
 from zoo.config import ModelConfig
 from zoo.data.loader import Batch, EpochSampler, Loader, derive_seed
 from zoo.data.pruning import PRUNING, Pruning
-from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason, require
+from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason
 from zoo.factory import build
 from zoo.layers import DropPath
 from zoo.pretrained.load import fit_state_dict, load_state_dict
@@ -45,13 +46,15 @@ from zoo.train.schedule import learning_rate
 from zoo.train.scoring import evaluate
 from zoo.train.sharding import is_sharded, local, share_out, share_statistics, whole
 from zoo.train.tasks import TASKS, eval_loader
+from zoo.train.tracking import require_trackers, start_trackers
 
 _logger = logging.getLogger(__name__)
 
 _FUSED = ("adam", "adamw", "sgd")  # torch has one kernel for a whole step of these
 # what a checkpoint holds besides tensors
 _REMEMBERED = ("step", "epoch", "epoch_step", "loss_sum", "history", "best", "seconds")
-_HOW_IT_IS_HELD = ("train.sharding", "train.offload")  # a run may go on with others, as with other processes
+# with others of these a run may go on, as with other processes
+_MAY_CHANGE = ("data.workers", "train.sharding", "train.offload", "train.tensorboard", "train.wandb")
 _CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where each look waits for the device
 
 
@@ -100,7 +103,9 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool 
     folder = RunFolder(Path(out))
     if folder.recipe.is_file():
         if not resume:
-            raise RecipeError(f"{folder.path} holds a run already; pass --resume to continue it, or another --out.")
+            raise RecipeError(
+                f"{folder.path} holds a run already; pass --resume auto to continue it, or another --out."
+            )
         _check_same_recipe(folder, recipe)
         if folder.result.is_file():
             return _read_result(folder)
@@ -137,14 +142,11 @@ class _Run:
         from timm.utils.model_ema import ModelEmaV3
 
         report.require_plotting()
-        if recipe.train.tensorboard:
-            require("tensorboard", extra="train", why="train.tensorboard")
+        require_trackers(recipe.train)
         self.recipe, self.folder = recipe, folder
         # The number of processes is known only once there is an accelerator, and decides how much it accumulates.
         self.accelerator = make_accelerator(
             recipe.train.precision,
-            log_with="tensorboard" if recipe.train.tensorboard else None,
-            project_dir=folder.path,
             sharding=recipe.train.sharding,
             offload=recipe.train.offload,
         )
@@ -245,8 +247,8 @@ class _Run:
             self._restore()
         elif self.accelerator.is_main_process:
             self._open_folder()
-        if recipe.train.tensorboard:
-            self.accelerator.init_trackers("tensorboard")
+        if self.accelerator.is_main_process:
+            start_trackers(self.accelerator, recipe, folder)
         self.progress.announce()
         self._clock = time.perf_counter()
         try:
@@ -322,6 +324,11 @@ class _Run:
         recipe, accelerator = self.recipe, self.accelerator
         # Also after the epoch's last step, should a kill have come just then: the epoch then has no batch left.
         self.train_loader.set_epoch(self.epoch, self.epoch_step * recipe.train.batch_size)
+        if not self.epoch_steps:
+            raise RecipeError(
+                f"data.pruning leaves {self.train_loader.sampler.epoch_size} samples of epoch {self.epoch + 1}, fewer "
+                f"than train.batch_size {recipe.train.batch_size}; lower that or data.prune_fraction."
+            )
         self.progress.start_epoch()
         self.model.train()
         if recipe.train.tune == "head":
@@ -440,7 +447,8 @@ class _Run:
         """Save and stop, as the system asks when it needs the machine for something else."""
         self._save()
         raise Preempted(
-            f"Stopped by SIGTERM after step {self.step}; {self.folder.checkpoint} is saved, --resume goes on there."
+            f"Stopped by SIGTERM after step {self.step}; {self.folder.checkpoint} is saved, "
+            "--resume auto goes on there."
         )
 
     def _diverged(self, what: str, step: int, rate: float) -> TrainingError:
@@ -492,7 +500,7 @@ class _Run:
         self._save()
         if accelerator.is_main_process:
             write_metrics(self.folder.metrics, self.history)
-        if recipe.train.tensorboard:
+        if accelerator.trackers:
             accelerator.log({key: value for key, value in row.items() if key not in ("epoch", "step")}, step=self.step)
         self.progress.finish_epoch(row)
 
@@ -553,6 +561,7 @@ class _Run:
                 "data_sha256": self.task.data_hash(),
                 "code_sha256": _code_hash(),
                 "zoo": zoo.__version__,
+                "id": secrets.token_hex(8),
             },
         )
         write_text(folder.recipe, text)
@@ -690,9 +699,7 @@ def _read_result(folder: RunFolder) -> Result:
 def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:
     # Both by way of TOML, which knows no tuples.
     old, new = (_flat(tomllib.loads(each.to_toml())) for each in (load_recipe(folder.recipe), recipe))
-    changed = sorted(
-        key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in _HOW_IT_IS_HELD
-    )
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in _MAY_CHANGE)
     if changed:
         raise RecipeError(
             f"{folder.path} holds a run of another recipe: {_listed(changed, old, new)}. Choose another --out."

@@ -151,7 +151,8 @@ class Train:
     patience: int = 0  # epochs without a better one after which the training ends; 0: never
     keep: str = "best"  # which epoch's weights become model.safetensors: "best" on the held-out part, or "last"
     save_steps: int = 0  # also checkpoint every so many optimiser steps, besides after every epoch
-    tensorboard: bool = True
+    tensorboard: bool = True  # write every epoch's figures for TensorBoard into the run folder
+    wandb: str = ""  # a project of Weights & Biases that they are logged to as well; empty: none
     from_scratch: bool = False  # train once more without pretrained weights, and compare
 
 
