@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -47,6 +48,7 @@ BEYOND_CACHES = 128 * 2**20  # bytes
 LENGTH, WIDTH = 2048, 1024
 MEMORY_SHAPES = ((1024, 1024), (5632, 1024), (1024, 2816))  # [Cout, Cin] in the 370M model
 MEMORY_TOKENS = (2048, 8192)
+FORMS = ("unfused", "fused")
 MODEL, BLOCK_TOKENS = "matmulfree_370m", (2048, 4096)
 
 
@@ -153,23 +155,27 @@ def benchmark_memory(device: str) -> None:
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         print("\nTraining memory: not measured (needs Linux)")
         return
-    header("training memory, tokens", "unfused", "fused", "less by", "kept for backward: unfused", "fused")
+
+    def peak(tokens: int, sizes: tuple[int, ...], form: str) -> list[int]:
+        command = [sys.executable, __file__, "--device", device, "--peak", str(tokens), *map(str, sizes)]
+        environment = {
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system
+            **({"ZOO_BIT_LINEAR": "ref"} if form == "unfused" else {}),
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return [int(each) for each in done.stdout.split()[-2:]]
+
     layers = [(f"{rows} x {columns}", (rows, columns), MEMORY_TOKENS) for rows, columns in MEMORY_SHAPES]
-    for name, sizes, lengths in [*layers, (f"a block of {MODEL}", (), BLOCK_TOKENS)]:
-        for tokens in lengths:
-            found = {}
-            for form in ("unfused", "fused"):
-                command = [sys.executable, __file__, "--device", device, "--peak", str(tokens), *map(str, sizes)]
-                environment = {
-                    **os.environ,
-                    "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system
-                    **({"ZOO_BIT_LINEAR": "ref"} if form == "unfused" else {}),
-                }
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-                found[form] = [int(each) for each in done.stdout.split()[-2:]]
-            (peak, kept), (fused_peak, fused_kept) = found["unfused"], found["fused"]
-            cells = [f"{each / 1e6:.0f} MB" for each in (peak, fused_peak, kept, fused_kept)]
-            row(f"{name}, {tokens}", *cells[:2], f"{1 - fused_peak / peak:.0%}", *cells[2:])
+    layers.append((f"a block of {MODEL}", (), BLOCK_TOKENS))
+    cases = [(name, sizes, tokens) for name, sizes, lengths in layers for tokens in lengths]
+    header("training memory, tokens", "unfused", "fused", "less by", "kept for backward: unfused", "fused")
+    with ThreadPoolExecutor(1 if device == "cpu" else 8) as pool:
+        found = {(*case, form): pool.submit(peak, *case[1:][::-1], form) for case in cases for form in FORMS}
+        for case in cases:
+            (unfused, kept), (fused, fused_kept) = (found[*case, form].result() for form in FORMS)
+            cells = [f"{each / 1e6:.0f} MB" for each in (unfused, fused, kept, fused_kept)]
+            row(f"{case[0]}, {case[2]}", *cells[:2], f"{1 - fused / unfused:.0%}", *cells[2:])
 
 
 def print_peak(device: str, tokens: int, *sizes: int) -> None:

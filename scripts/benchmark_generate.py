@@ -31,6 +31,7 @@ import torch
 from _timing import in_turns, spread
 
 import zoo
+from zoo.deploy.steps import replay_steps
 from zoo.layers import pack_bit_linears
 
 STEP = "step.onnx"
@@ -212,6 +213,8 @@ def makers(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
         "Llama float32": lambda: llama_like(config, torch.float32).to(arguments.device),
         "Llama bfloat16": lambda: llama_like(config, torch.bfloat16).to(arguments.device),
     }
+    if arguments.device.startswith("cuda"):
+        models["zoo, packed, steps replayed"] = lambda: replay_steps(pack_bit_linears(unpacked()))
     made = {name: (lambda make=make: Decoder(make(), arguments.prompt)) for name, make in models.items()}
     for name in RIVALS if arguments.rivals else ():
         made[f"Llama {name}"] = partial(Rival, config, arguments.rivals, name, arguments.prompt, arguments.threads)
@@ -252,6 +255,7 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # in half precision it plans anew for every length of a cache
     config: Any = zoo.get_config(arguments.model)
     if arguments.peak:
         print_peak(arguments.peak, arguments)

@@ -37,6 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # in half precision it plans anew for every length of a cache
     config: Any = zoo.get_config(options.model)
     place = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     ours: Any = zoo.build(config).eval().to(**place)

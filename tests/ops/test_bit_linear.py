@@ -522,7 +522,7 @@ sys.path.insert(0, sys.argv[1])
 import test_bit_linear as tests
 from zoo.ops.bit_linear import triton_impl
 triton_impl.FEW_TILE |= {"R": 4, "K": 16}  # more than one tile of what is small
-triton_impl.SOME_TILE |= {"M": 16, "R": 16, "K": 32}
+triton_impl.MANY_TILES[0][1].update({"M": 16, "R": 16, "K": 32})
 for size in ({"columns": 37, "rows": 23}, {"columns": 70, "rows": 90, "tokens": (33,)}, {"columns": 1, "rows": 1}):
     inputs = tests.make_inputs(**size)
     expected = tests.with_gradients(tests.bit_linear_reference, inputs)
@@ -559,7 +559,7 @@ def test_triton_kernels_compile(kernel: str) -> None:
     constants = {
         "_quantise_kernel": {"K": 4096},
         "_few_kernel": {name: triton_impl.FEW_TILE[name] for name in "RK"},
-        "_many_kernel": {name: triton_impl.MANY_TILE[name] for name in "MRK"},
+        "_many_kernel": {name: triton_impl.MANY_TILES[-1][1][name] for name in "MRK"},
     }[kernel]
     types = {"codes": "*i8", "packed": "*u8", "sums": "*i32", "eps": "fp32"}
     integers = ("tokens", "packed_rows", "rows", "columns")
@@ -587,7 +587,7 @@ def test_on_a_gpu(size: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 8, 9, 64, 65, 512])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 200, 512, 4000])
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 2816), (2050, 1000)])
 def test_products_on_a_gpu_are_exact(rows: int, columns: int, tokens: int) -> None:
     """At sizes at which some activation is always near where it rounds to another code: so the codes are given."""

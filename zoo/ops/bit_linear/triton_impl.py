@@ -14,18 +14,16 @@ from torch import Tensor
 
 from zoo.ops.bit_linear.reference import pack_ternary, quantise_weight
 
-FEW, SOME = 8, 64  # tokens up to which the product is that of decoding, and up to which tiles are small
+FEW = 8  # tokens up to which the product is that of decoding
 # Tiles, and what the compiler is told of them; measured on an H200.
 NORM: dict[str, int] = {"num_warps": 8}
-FEW_TILE: dict[str, int] = {"R": 2, "K": 1024, "num_warps": 4}  # packed rows, columns
-SOME_TILE: dict[str, int] = {
-    "M": 32,
-    "R": 16,
-    "K": 256,
-    "num_warps": 4,
-    "num_stages": 3,
-}  # tokens, packed rows, columns
-MANY_TILE: dict[str, int] = {"M": 128, "R": 128, "K": 128, "num_warps": 8, "num_stages": 3}
+FEW_TILE: dict[str, int] = {"R": 1, "K": 1024, "num_warps": 2}  # packed rows, columns
+MANY_TILES: tuple[tuple[float, dict[str, int]], ...] = (  # up to so many tokens: tokens, packed rows, columns
+    (32, {"M": 32, "R": 16, "K": 256, "num_warps": 4, "num_stages": 3}),
+    (256, {"M": 64, "R": 16, "K": 256, "num_warps": 4, "num_stages": 3}),
+    (2048, {"M": 128, "R": 64, "K": 128, "num_warps": 8, "num_stages": 3}),
+    (float("inf"), {"M": 256, "R": 64, "K": 64, "num_warps": 8, "num_stages": 3}),
+)
 
 # The kernels' arguments are pointers and numbers that Triton types itself.
 # mypy: disable-error-code="no-untyped-def"
@@ -138,7 +136,7 @@ def packed_forward(
             codes, step, sums, packed, scale, out, packed_rows, out_features, columns, **FEW_TILE
         )
         return out
-    tile = SOME_TILE if tokens <= SOME else MANY_TILE
+    tile = next(tile for most, tile in MANY_TILES if tokens <= most)
     _many_kernel[(triton.cdiv(tokens, tile["M"]), triton.cdiv(packed_rows, tile["R"]), 4)](
         codes, step, packed, scale, out, tokens, packed_rows, out_features, columns, **tile
     )
