@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import zoo
+import zoo.layers
 from zoo.analysis.counts import count
 from zoo.models.efficientmod import AttentionBlock, EfficientModConfig, ModulationBlock, ModulationMlp
 from zoo.pretrained.convert import convert_state_dict
@@ -114,6 +115,45 @@ def test_fuse_folds_the_layer_scales(randomise: Callable) -> None:
         expected = model(images(96))
         assert_same(fused(images(96)), expected)
         assert torch.equal(again(images(96)), fused(images(96)))
+
+
+def test_fused_blocks_have_two_ways(randomise: Callable) -> None:
+    """With gradients they take another way than without: both are the model."""
+    model = randomise(zoo.create_model("efficientmod_xxs"))
+    fused = copy.deepcopy(model).fuse()
+    x = images(96, batch=2)
+    expected = model(x)
+    assert_same(fused(x), expected)
+    with torch.no_grad():
+        assert_same(fused(x), expected)
+        fused.stages[1].blocks[1].fc1.weight.mul_(2)
+        model.stages[1].blocks[1].mlp.fc1.weight.mul_(2)
+        assert_same(fused(x), model(x))
+        for stage, plain in zip(fused.stages, model.stages, strict=True):
+            maps = torch.randn(2, 6, 5, stage.blocks[-1].fc2.out_features)
+            assert_same(stage.blocks[-1](maps), plain.blocks[-1](maps))  # a block by itself
+
+
+def test_hooks_on_fused_models_are_called(randomise: Callable) -> None:
+    fused = randomise(zoo.create_model("efficientmod_xxs")).fuse()
+    names = {name for name, _ in fused.named_modules()} - {"stages.0.downsample"}
+    called: list[str] = []
+    with torch.no_grad():
+        expected = fused(images(64))
+        handles = [
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+            for name, module in fused.named_modules()
+        ]
+        assert torch.equal(fused(images(64)), expected)
+        assert names <= set(called)
+        assert len(called) == len(set(called))
+        for handle in handles:
+            handle.remove()
+        called.clear()
+        everywhere = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(type(module)))
+        assert_same(fused(images(64)), expected)
+        everywhere.remove()
+        assert called.count(zoo.layers.PackedLinear) > 40
 
 
 def test_stochastic_depth_rises_over_both_kinds_of_blocks() -> None:
