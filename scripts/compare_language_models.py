@@ -1,9 +1,9 @@
-"""Trains a Llama of the same size by the same recipe as one of zoo's small language models, and prints both.
+"""Trains a Llama of the same size by the same recipe as one of zoo's small language models, and prints its result.
 
-    python scripts/compare_language_models.py runs/matmulfree_2m --out runs/llama_2m
+    python scripts/compare_language_models.py tinyshakespeare/matmulfree_2m --out runs/llama_2m
 
-The first folder is a finished run, whose recipe is taken; only the model differs. Llama's width and depth are the
-model's own, its MLP as wide as brings the number of parameters nearest.
+Only the model of the recipe differs. Llama's width and depth are the other model's own, its MLP as wide as brings the
+number of parameters nearest. A run that was stopped goes on.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import zoo
 from zoo.config import TextConfig
 from zoo.train.engine import train
 from zoo.train.recipe import load_recipe
-from zoo.train.run_folder import ModelRecord, RunFolder
+from zoo.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +81,26 @@ def of_the_same_size(config: TextConfig, params: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a finished run of a language model")
+    parser.add_argument("recipe", help="of a language model: its file, or its name")
     parser.add_argument("--out", type=Path, required=True, help="run folder for the Llama")
     arguments = parser.parse_args()
     zoo.register(FAMILY)
 
-    run = RunFolder(arguments.run)
-    config = ModelRecord.read(run).config
+    recipe = load_recipe(arguments.recipe)
+    config = zoo.get_config(recipe.model.name)
     assert isinstance(config, TextConfig)
-    ours = sum(p.numel() for p in zoo.build(config, device="meta").parameters())
+    ours = params(zoo.build(config, device="meta"))
     fields = of_the_same_size(config, ours)
-    recipe = load_recipe(run.recipe)
     result = train(
         recipe.replace(**{"model.name": "llama_baseline", "model.overrides": fields}), arguments.out, resume=True
     )
-    theirs = sum(p.numel() for p in zoo.create_model("llama_baseline", **fields).parameters())
-    for name, params, folder in ((str(run.path), ours, run), ("Llama", theirs, RunFolder(result.folder))):
-        figures = json.loads(folder.result.read_text())
-        print(f"{name}: {params:,} parameters, {json.dumps(figures)}")
+    figures = json.loads(RunFolder(result.folder).result.read_text())
+    print(f"{recipe.model.name}: {ours:,} parameters")
+    print(f"Llama: {params(zoo.create_model('llama_baseline', **fields)):,} parameters, {json.dumps(figures)}")
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 if __name__ == "__main__":
