@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,26 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 -- not a mapping
+
+
+@pytest.fixture
+def group() -> Callable[[int], list[dict[str, str]]]:
+    """A function from a number of processes to the environments in which they find each other, as torchrun sets them.
+
+    On the CPU, with gloo; one process is alone and needs none.
+    """
+
+    def environments(world: int) -> list[dict[str, str]]:
+        if world == 1:
+            return [{}]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+    return environments
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -46,32 +45,26 @@ except ZooError as error:
 """
 
 
-def start(recipe: Recipe, out: Path, world: int) -> list[subprocess.Popen]:
-    """Train in ``world`` processes that find each other as under torchrun."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path, script = out.with_suffix(".toml"), out.with_suffix(".py")
-    path.write_text(recipe.to_toml())
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        environment = os.environ | {key: str(value) for key, value in place.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        environment |= {"ACCELERATE_USE_CPU": "true"}
-        if world == 1:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        processes.append(
+@pytest.fixture
+def start(group: Callable) -> Callable[[Recipe, Path, int], list[subprocess.Popen]]:
+    """A function that trains a recipe into a folder in so many processes."""
+
+    def processes(recipe: Recipe, out: Path, world: int) -> list[subprocess.Popen]:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path, script = out.with_suffix(".toml"), out.with_suffix(".py")
+        path.write_text(recipe.to_toml())
+        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+        return [
             subprocess.Popen(
                 [sys.executable, str(script), str(path), str(out)],
-                env=environment,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-        )
+            for environment in group(world)
+        ]
+
     return processes
 
 
@@ -132,7 +125,7 @@ def alone(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, world", [("text", 2), ("images", 4)])
 def test_processes_together_equal_one(
-    recipes: dict[str, Recipe], alone: dict[str, Path], tmp_path: Path, kind: str, world: int
+    recipes: dict[str, Recipe], alone: dict[str, Path], start: Callable, tmp_path: Path, kind: str, world: int
 ) -> None:
     printed = finish(start(recipes[kind], tmp_path / "run", world))
     passes = 4 // world
@@ -144,7 +137,12 @@ def test_processes_together_equal_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, then", [("images", ("", 1)), ("text", ("fsdp2", 2))])
 def test_sharded_processes_equal_one(
-    recipes: dict[str, Recipe], alone: dict[str, Path], tmp_path: Path, kind: str, then: tuple[str, int]
+    recipes: dict[str, Recipe],
+    alone: dict[str, Path],
+    start: Callable,
+    tmp_path: Path,
+    kind: str,
+    then: tuple[str, int],
 ) -> None:
     """Killed once and gone on with, sharded or not: what is saved is whole."""
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
@@ -166,7 +164,12 @@ def test_sharded_processes_equal_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, worlds", [("images", (2, 1)), ("text", (1, 2))])
 def test_killed_and_resumed_on_other_processes(
-    recipes: dict[str, Recipe], alone: dict[str, Path], tmp_path: Path, kind: str, worlds: tuple[int, int]
+    recipes: dict[str, Recipe],
+    alone: dict[str, Path],
+    start: Callable,
+    tmp_path: Path,
+    kind: str,
+    worlds: tuple[int, int],
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     processes = start(recipes[kind], tmp_path / "run", worlds[0])
@@ -181,7 +184,9 @@ def test_killed_and_resumed_on_other_processes(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_well(recipes: dict[str, Recipe], alone: dict[str, Path], tmp_path: Path) -> None:
+def test_sigterm_saves_and_ends_well(
+    recipes: dict[str, Recipe], alone: dict[str, Path], start: Callable, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     recipe = recipes["images"].replace(**{"schedule.epochs": 2})
     processes = start(recipe, tmp_path / "run", 2)

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -57,25 +56,18 @@ def recipe(tiny_recipe: Callable, kind: str, tmp_path: Path) -> Recipe:
 
 
 def train_in_a_group(recipe: Recipe, out: Path, environment: dict[str, str]) -> None:
-    """What each process does; ``environment`` says how they find each other, as torchrun does."""
+    """What each process does."""
     os.environ |= environment
     train(recipe, out, resume=True, quiet=True)
 
 
-def start(recipe: Recipe, out: Path, world: int) -> list[BaseProcess]:
+def start(recipe: Recipe, out: Path, environments: list[dict[str, str]]) -> list[BaseProcess]:
     """Train in processes that begin at once: their imports are done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["zoo.train.engine", "timm.data", "timm.optim", "matplotlib.pyplot"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        group = {key: str(value) for key, value in place.items()}
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        processes.append(context.Process(target=train_in_a_group, args=(recipe, out, group if world > 1 else {})))
-        processes[-1].start()
+    processes = [context.Process(target=train_in_a_group, args=(recipe, out, each)) for each in environments]
+    for process in processes:
+        process.start()
     return processes
 
 
@@ -102,17 +94,23 @@ def ended(processes: list[BaseProcess]) -> list[int | None]:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind", ["images", "text"])
 def test_killed_again_and_again(
-    recipe: Recipe, kind: str, world: int, tmp_path: Path, outcome: Callable, pytestconfig: pytest.Config
+    recipe: Recipe,
+    kind: str,
+    world: int,
+    tmp_path: Path,
+    group: Callable,
+    outcome: Callable,
+    pytestconfig: pytest.Config,
 ) -> None:
     wanted = pytestconfig.getoption("--kills")
     if not wanted:
         pytest.skip("needs --kills")
-    assert ended(start(recipe, tmp_path / "whole", world)) == [0] * world
+    assert ended(start(recipe, tmp_path / "whole", group(world))) == [0] * world
     seed = time.time_ns()
     print("seed of the delays:", seed)  # shown when the test fails
     delays, run, kills = random.Random(seed), tmp_path / "run", 0
     while not (run / "result.json").exists():
-        processes = start(recipe, run, world)
+        processes = start(recipe, run, group(world))
         wait_for_news(run / "checkpoint.safetensors", processes)
         time.sleep(delays.uniform(0, 0.3))
         for process in processes:

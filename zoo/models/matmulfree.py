@@ -140,7 +140,8 @@ class MatMulFreeTrunk(Trunk):
     def __init__(self, config: MatMulFreeConfig) -> None:
         super().__init__(config)
         depth, width = config.num_hidden_layers, config.hidden_size
-        self.lower_bounds = nn.Parameter(torch.zeros(depth, width))
+        # The first block's bound is 0 whatever this holds; several processes train only what has a gradient.
+        self.lower_bounds = nn.Parameter(torch.zeros(depth, width), requires_grad=depth > 1)
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(alike(MatMulFreeBlock, config) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
