@@ -43,13 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="a data set of JPEG pictures, such as ../shared/data/imagenet-1k-sample")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--copies", type=int, default=3, help="of each picture, so that an epoch is more than its ends")
     parser.add_argument("--side", type=int, default=224, help="pixels")
     options = parser.parse_args()
     torch.set_num_threads(1)
     mend_timm()
     with tempfile.TemporaryDirectory() as folder:
-        count = unpack(options.data, Path(folder))
+        count = unpack(options.data, Path(folder), options.copies)
         print(f"{count} pictures, {options.side} px, batch {BATCH}, {options.workers} workers, {options.epochs} epochs")
         for name, settings in SETTINGS.items():
             compare(name, loaders(Path(folder), options.side, options.workers, settings), options.epochs)
@@ -57,14 +58,14 @@ def main() -> None:
         text(Path(folder))
 
 
-def unpack(data: str, folder: Path) -> int:
-    """Write the pictures as files, which both pipelines read."""
+def unpack(data: str, folder: Path, copies: int) -> int:
+    """Write the pictures as files, which both pipelines read; returns how many."""
     source = open_source(data, split="validation")
-    for i in range(len(source)):
+    for i in range(copies * len(source)):
         place = folder / f"{i % 10}"
         place.mkdir(exist_ok=True)
-        (place / f"{i}.jpg").write_bytes(source.encoded(i))
-    return len(source)
+        (place / f"{i}.jpg").write_bytes(source.encoded(i % len(source)))
+    return copies * len(source)
 
 
 def mend_timm() -> None:

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from zoo.data import augment
 from zoo.data.augment import Mixing, TrainTransform
 from zoo.data.image import Normalise
 from zoo.data.loader import Batch, seeded
+from zoo.data.shift import move_columns, move_rows
 from zoo.errors import RecipeError
 from zoo.preprocessing import Preprocessing
 from zoo.train.recipe import Augment
@@ -94,6 +96,28 @@ def test_posterising_to_nothing_is_black(picture: Image.Image) -> None:
     [posterise] = [op for op in policy.ops if "Posterize" in op.name]
     posterise.prob = 1.0
     assert not np.asarray(posterise(picture)).any()
+
+
+@pytest.mark.parametrize("shape", [(224, 200), (5, 7), (1, 1)])
+@pytest.mark.parametrize("factor, offset", [(0.3, 0), (-0.27, 0), (0, 50.3), (0, -3.7), (0, 4), (0.1, -3.2), (0, 1e4)])
+def test_moves_are_pillows(shape: tuple[int, int], factor: float, offset: float) -> None:
+    """Equal but for rounding in float32, where Pillow has float64 and cuts off."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    fill = (1, 20, 255)
+    for move, matrix in ((move_rows, (1, factor, offset, 0, 1, 0)), (move_columns, (1, 0, 0, factor, 1, offset))):
+        how = Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
+        expected = picture.transform(picture.size, *how, fillcolor=fill)
+        levels = np.abs(np.asarray(move(picture, factor, offset, fill), int) - np.asarray(expected, int))
+        assert levels.max() <= 1
+        assert (levels > 0).mean() < 1e-3
+
+
+def test_every_move_of_timms_is_replaced(picture: Image.Image) -> None:
+    transform = TrainTransform(Augment(auto_augment="rand-m9-mstd0.5-inc1"), Preprocessing(img_size=(32, 32)))
+    assert transform.recolour is not None
+    [policy] = transform.recolour.transforms
+    moves = {op.name for op in policy.ops if getattr(op.aug_fn, "func", None) is augment._move}
+    assert moves == {"ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
 
 
 @pytest.mark.parametrize("policy", ["rnd-m9", "rand-m9-foo3"])

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from zoo.train.evaluate import evaluate_run
 from zoo.train.recipe import Recipe, resolve
 from zoo.train.run_folder import RunFolder
 from zoo.train.schedule import img_size_at, learning_rate
+from zoo.train.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +206,19 @@ def test_loss_pruning_keeps_the_expected_gradient() -> None:
     assert np.mean(sums) == pytest.approx(1000, rel=0.02)
     assert len(pruning.select(88)) == 1000
     assert (pruning.weights == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_samples_travel_to_workers_that_are_spawned(tiny_recipe: Callable, tmp_path: Path, kind: str) -> None:
+    """As on macOS and Windows, where processes are not forked."""
+    (tmp_path / "text.txt").write_text("Some words, again and again. " * 40)
+    text = {"task": "language-modelling", "model.name": "matmulfree_2m", "model.overrides": {"num_hidden_layers": 1}}
+    changes = {"data.name": str(tmp_path / "text.txt"), "data.seq_len": 32} | text
+    recipe = tiny_recipe(**(changes if kind == "text" else {"augment.auto_augment": "rand-m9-mstd0.5-inc1"}))
+    samples = TASKS[recipe.task](recipe).train_samples
+    [again] = ForkingPickler.loads(ForkingPickler.dumps([samples]))
+    keys = [(0, 1, 0), (0, 2, 0)]
+    assert torch.equal(again.batch(keys).inputs, samples.batch(keys).inputs)
 
 
 def test_pruning_that_leaves_no_batch_is_refused(tiny_recipe: Callable, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from zoo.data.image import Box, Patch, decode_crop
 from zoo.data.loader import Batch, seeded
+from zoo.data.shift import move_columns, move_rows
 from zoo.errors import RecipeError
 from zoo.preprocessing import Preprocessing
 
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 class TrainTransform:
     """From a picture's file to ``[3, H, W]`` uint8, randomly cropped, mirrored and recoloured, and perhaps erased.
 
-    The random numbers are drawn in timm's order, and what recolours is timm's; cropping, resizing and mirroring give
-    what timm gives up to rounding, by torch's faster kernels.
+    The random numbers are drawn in timm's order, and what recolours is timm's; cropping, resizing, mirroring, shearing
+    and shifting give what timm gives up to rounding, by faster kernels.
 
     Args:
         augment: What to vary.
@@ -43,13 +45,14 @@ class TrainTransform:
         size_at: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
         self.augment = augment
-        self.size_at = size_at or (lambda epoch: preprocessing.img_size)
+        self.preprocessing = preprocessing
+        self.size_at = size_at
         self.interpolation = augment.interpolation or preprocessing.interpolation
         self.channels = len(preprocessing.mean)
         self.recolour = _recolour(augment, preprocessing)
 
     def load(self, data: bytes, name: str, epoch: int) -> tuple[Tensor, Patch | None]:
-        size = self.size_at(epoch)
+        size = self.size_at(epoch) if self.size_at is not None else self.preprocessing.img_size
         pixels = decode_crop(data, name, self._crop, size)
         interpolation = self.interpolation
         if interpolation == "random":  # drawn here, where timm draws it
@@ -126,21 +129,46 @@ def _recolour(augment: "Augment", preprocessing: Preprocessing) -> Callable[[Ima
             f"augment.auto_augment is {augment.auto_augment!r}; expected timm's notation, such as "
             "'rand-m9-mstd0.5-inc1', 'augmix-m3-w3' or 'original'."
         ) from error
-    _mend_posterize(recolour)
+    _replace_parts(recolour)
     return recolour
 
 
-def _mend_posterize(transform: Any) -> None:
-    """Let timm's posterisation keep no bit at all, as its magnitudes may ask; Pillow refuses that since version 13."""
+def _replace_parts(transform: Any) -> None:
+    """Put parts of ours in the place of timm's, in place: a posterisation that is mended, moves that are faster."""
     for name in ("transforms", "ops", "policy"):
         for part in getattr(transform, name, ()):
             for each in part if isinstance(part, list) else [part]:
-                _mend_posterize(each)
-    if getattr(getattr(transform, "aug_fn", None), "__name__", "") == "posterize":
+                _replace_parts(each)
+    function = getattr(transform, "aug_fn", None)
+    name = getattr(function, "__name__", "")
+    if name == "posterize":
         transform.aug_fn = _posterize
+    elif name in _MOVES:
+        transform.aug_fn = partial(_move, function)
+
+
+# How timm's level of each becomes factor and offset of ``move_rows`` and ``move_columns``.
+_MOVES: dict[str, tuple[Callable, Callable[[Image.Image, float], tuple[float, float]]]] = {
+    "shear_x": (move_rows, lambda image, level: (level, 0.0)),
+    "shear_y": (move_columns, lambda image, level: (level, 0.0)),
+    "translate_x_abs": (move_rows, lambda image, level: (0.0, level)),
+    "translate_y_abs": (move_columns, lambda image, level: (0.0, level)),
+    "translate_x_rel": (move_rows, lambda image, level: (0.0, level * image.width)),
+    "translate_y_rel": (move_columns, lambda image, level: (0.0, level * image.height)),
+}
+
+
+def _move(
+    timms: Callable, image: Image.Image, level: float, *, fillcolor: tuple[int, ...], resample: Any
+) -> Image.Image:
+    if resample != Image.Resampling.BICUBIC:
+        return timms(image, level, fillcolor=fillcolor, resample=resample)
+    move, distances = _MOVES[timms.__name__]
+    return move(image, *distances(image, level), fillcolor)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Down to no bit at all, as timm's magnitudes may ask; Pillow refuses that since version 13."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

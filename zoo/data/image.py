@@ -1,6 +1,7 @@
 """Decoding pictures, and the transforms between a picture and a model's input."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,18 +97,38 @@ def decode_crop(data: bytes, name: str, choose: Callable[[int, int], Box], size:
     Raises:
         DataError: As for :func:`decode_image`.
     """
-    with _opened(data, name) as image:
-        width, height = image.size
-        box = choose(height, width)
-        shrink = min(box.height // size[0], box.width // size[1])
-        if image.format == "JPEG" and shrink >= 2:
-            image.draft("RGB", (width // shrink, height // shrink))  # the nearest power of two that is not smaller
-            box = box.scaled(image.height / height, image.width / width)
-        elif image.format == "JPEG" and image.mode in ("RGB", "L") and (pixels := _decode_jpeg(data)) is not None:
+    box = None
+    if (sides := _jpeg_sides(data)) is not None:
+        box = choose(*sides)
+        if _shrink(box, size) < 2 and (pixels := _decode_jpeg(data)) is not None:
             inside = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
             return torch.from_numpy(inside).permute(2, 0, 1)
+    with _opened(data, name) as image:
+        width, height = image.size
+        box = box or choose(height, width)  # drawn once
+        if image.format == "JPEG" and (shrink := _shrink(box, size)) >= 2:
+            image.draft("RGB", (width // shrink, height // shrink))  # the nearest power of two that is not smaller
+            box = box.scaled(image.height / height, image.width / width)
         part = as_rgb(image).crop((box.left, box.top, box.left + box.width, box.top + box.height))
         return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+
+
+def _shrink(box: Box, size: tuple[int, int]) -> int:
+    """How many times the part is as large as ``size``."""
+    return min(box.height // size[0], box.width // size[1])
+
+
+def _jpeg_sides(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that :func:`_decode_jpeg` may take; None leaves the file to Pillow."""
+    decoder = _jpeg_decoder()
+    if decoder is None or not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, colours, _ = decoder.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    small = height * width <= (Image.MAX_IMAGE_PIXELS or math.inf)
+    return (height, width) if small and colours in ("YCbCr", "Gray") else None
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 from abc import ABC, abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class ImageClassification(Task):
         self.shuffle = not recipe.data.streaming  # a stream shuffles itself
         augment = recipe.augment
         size = self.preprocessing.img_size
-        transform = TrainTransform(augment, self.preprocessing, lambda epoch: img_size_at(recipe.schedule, size, epoch))
+        transform = TrainTransform(augment, self.preprocessing, partial(img_size_at, recipe.schedule, size))
         self.train_samples = ImageSamples(self.source, self.train_indices, transform, seed=recipe.seed, replace=True)
         self.val_samples = eval_samples(self.val_source, self.val_indices, self.preprocessing)
         self.mixing = Mixing(augment, num_classes) if augment.mixup or augment.cutmix else None
