@@ -139,7 +139,7 @@ def _replace_parts(transform: Any) -> None:
         for part in getattr(transform, name, ()):
             for each in part if isinstance(part, list) else [part]:
                 _replace_parts(each)
-    function = getattr(transform, "aug_fn", None)
+    function: Any = getattr(transform, "aug_fn", None)
     name = getattr(function, "__name__", "")
     if name == "posterize":
         transform.aug_fn = _posterize
