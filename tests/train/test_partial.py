@@ -13,6 +13,7 @@ from zoo.errors import RecipeError
 from zoo.train import engine
 from zoo.train.automatic import finetune_recipe
 from zoo.train.engine import _Run, train
+from zoo.train.evaluate import evaluate_run
 from zoo.train.partial import plain_state
 from zoo.train.recipe import Loss, resolve
 from zoo.train.run_folder import RunFolder
@@ -78,7 +79,10 @@ def test_passes_shrink_until_memory_has_them(
 
     monkeypatch.setattr(engine._Run, "_optimiser_step", limited)
     recipe = tiny_recipe(**{"train.micro_batch": -1, "schedule.epochs": 1})
-    assert train(recipe, tmp_path / "run", quiet=True).epoch == 1
+    result = train(recipe, tmp_path / "run", quiet=True)
+    assert result.epoch == 1
+    found = evaluate_run(result.folder)
+    assert {key: found[key] for key in result.metrics} == pytest.approx(result.metrics)
     with pytest.raises(zoo.errors.TrainingError, match=r"^Out of memory at step 0"):
         train(recipe.replace(**{"train.micro_batch": 4}), tmp_path / "other", quiet=True)
 

@@ -59,7 +59,8 @@ def evaluate_run(
     model = model.to(accelerator.device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batch_size = min(recipe.train.micro_batch or recipe.train.batch_size, recipe.train.batch_size)
+    train = recipe.train
+    batch_size = min(train.micro_batch, train.batch_size) if train.micro_batch > 0 else train.batch_size
     figures = evaluate(model, eval_loader(samples, recipe, batch_size, accelerator), scoring, accelerator)
     return {"split": split, "samples": len(samples), **figures}
 
