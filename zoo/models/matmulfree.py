@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from zoo.config import TextConfig
 from zoo.errors import ConfigError
-from zoo.layers import BitLinear, alike
+from zoo.layers import BitLinear, PackedBitLinear, alike, is_hooked
 from zoo.models._causal_lm import CausalLM, Trunk, TrunkCache, TrunkOutput
+from zoo.ops.bit_linear import choose as choose_bit_linear
+from zoo.ops.bit_linear import cpu, is_plain_inference
+from zoo.ops.hgrn_scan import choose as choose_scan
 from zoo.ops.hgrn_scan import hgrn_scan
 from zoo.registry import Family
 
@@ -126,10 +129,47 @@ class MatMulFreeBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedMlp(config)
 
-    def forward(self, x: Tensor, *mixing: Tensor | None) -> tuple[Tensor, Tensor]:
-        mixed, state = self.attn(self.attn_norm(x), *mixing)
+    def forward(
+        self, x: Tensor, floor: Tensor | None, keep: Tensor | None, restart: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if x.shape[1] == 1 and state is not None and keep is None and restart is None:
+            stepped = self._step(x, floor, state)
+            if stepped is not None:
+                return stepped
+        mixed, state = self.attn(self.attn_norm(x), floor, keep, restart, state)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
+
+    def _step(self, x: Tensor, floor: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor] | None:
+        """One new token of each row in one call of C++, bit by bit the same: operators start for longer than they run.
+
+        None where a layer is not packed, something is not on the CPU in float32, or somebody looks on.
+        """
+        blocks: Any = self._modules  # looked up here, as attributes of modules take their time
+        attn, mlp = blocks["attn"]._modules, blocks["mlp"]._modules
+        layers = [attn[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
+        layers += [mlp["gate_proj"], mlp["down_proj"]]
+        if any(type(layer) is not PackedBitLinear for layer in layers) or not is_plain_inference(x):
+            return None
+        norms = [blocks["attn_norm"], blocks["mlp_norm"], attn["g_norm"]]
+        inner = [layer._modules["norm"] for layer in layers]
+        weights = [norm._parameters["weight"] for norm in (*norms, *inner)]
+        if (
+            not all(each.is_cpu and each.dtype is torch.float32 for each in (x, state, *weights))
+            or any(is_hooked(each) for each in (blocks["attn"], blocks["mlp"], *layers, *norms))
+            or not cpu.EXTENSION.ready
+            or choose_bit_linear.forced()
+            or choose_scan.forced()
+        ):
+            return None
+        tensors = []
+        for layer, weight in zip(layers, weights[3:], strict=True):
+            buffers = layer._buffers
+            tensors += [buffers["packed"], buffers["scale"], weight]
+        y, state = cpu.matmulfree_step(
+            x[:, 0].contiguous(), state.contiguous(), floor, tensors, weights[:3], norms[0].eps, inner[0].eps
+        )
+        return y[:, None], state
 
 
 class MatMulFreeTrunk(Trunk):

@@ -12,12 +12,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/silu.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -33,6 +36,7 @@
 namespace {
 
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kAlign = 64;             // activations of a token are padded with zeros to a multiple of this
 constexpr int64_t kBlockBytes = 96 * 1024;  // of packed weights that all tokens meet in turn
@@ -363,6 +367,53 @@ Tensor packed_bit_linear(const Tensor& x_, const Tensor& packed_, const Tensor& 
   return out;
 }
 
+// x / sqrt(mean(x^2) + eps) * weight over the last dimension, contiguous float32: bit by bit as torch's rms_norm, since a
+// difference in the last one may give an activation another code.
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const Tensor mean = x.pow(2).mean(-1);
+  Tensor out = at::empty_like(x);
+  const int64_t columns = weight.numel(), tokens = mean.numel();
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float inverse = 1.0f / std::sqrt(mean.const_data_ptr<float>()[t] + float(eps));
+    const float *row = x.const_data_ptr<float>() + t * columns, *w = weight.const_data_ptr<float>();
+    float* target = out.data_ptr<float>() + t * columns;
+    for (int64_t k = 0; k < columns; ++k) target[k] = row[k] * inverse * w[k];
+  }
+  return out;
+}
+
+// A block of MatMul-free LM for one new token of each row, as MatMulFreeBlock.forward computes it, with packed layers:
+// in one call, since starting the some thirty operators takes longer than they do.
+//
+// x and state are [B, D], floor is [D]. Of each of i_proj, f_proj, g_proj, o_proj, gate_proj and down_proj there are the
+// packed weights, the scale and the norm's weight; norms are those of the two mixers' inputs and of the gate.
+std::tuple<Tensor, Tensor> matmulfree_step(const Tensor& x, const Tensor& state, const OptionalTensor& floor,
+                                           at::TensorList layers, at::TensorList norms, double norm_eps,
+                                           double layer_eps) {
+  TORCH_CHECK(layers.size() == 18 && norms.size() == 3, "matmulfree_step: expected six layers and three norms");
+  const auto linear = [&](int i, const Tensor& input, int64_t rows) {
+    return packed_bit_linear(input, layers[3 * i], layers[3 * i + 1], layers[3 * i + 2], rows, layer_eps, 0);
+  };
+  const int64_t width = x.size(1), numbers = x.numel(), mlp = layers[17].numel();
+  const Tensor mixed = rms_norm(x, norms[0], norm_eps);
+  Tensor value = at::silu(linear(0, mixed, width)), forget = linear(1, mixed, width).sigmoid_();
+  const Tensor after = at::empty_like(state);
+  {
+    const float *v = value.const_data_ptr<float>(), *f = forget.const_data_ptr<float>();
+    const float *before = state.const_data_ptr<float>(), *low = floor ? floor->const_data_ptr<float>() : nullptr;
+    float* out = after.data_ptr<float>();
+    for (int64_t n = 0; n < numbers; ++n) {
+      const float kept = low ? low[n % width] + (1.0f - low[n % width]) * f[n] : f[n];
+      out[n] = kept * before[n] + v[n] * (1.0f - kept);
+    }
+  }
+  Tensor gated = rms_norm(linear(2, mixed, width), norms[2], norm_eps).mul_(at::silu(after));
+  Tensor y = linear(3, gated, width).add_(x);
+  const Tensor both = linear(4, rms_norm(y, norms[1], norm_eps), 2 * mlp);
+  const Tensor hidden = at::silu(both.narrow(1, 0, mlp).contiguous()).mul_(both.narrow(1, mlp, mlp));
+  return {linear(5, hidden, width).add_(y), after};
+}
+
 // The same in two steps: codes [..., columns] int8 and what 1 is worth [..., 1]; their exact product, int32.
 std::tuple<Tensor, Tensor> quantise_activations(const Tensor& x, const Tensor& norm_weight, double eps) {
   const Quantised q = quantise(x, norm_weight, eps);
@@ -433,6 +484,10 @@ TORCH_LIBRARY_FRAGMENT(zoo_cpu, library) {
       "packed_bit_linear(Tensor x, Tensor packed, Tensor scale, Tensor norm_weight, int rows, float eps, int kernels=0) "
       "-> Tensor",
       &packed_bit_linear);
+  library.def(
+      "matmulfree_step(Tensor x, Tensor state, Tensor? floor, Tensor[] layers, Tensor[] norms, float norm_eps, "
+      "float layer_eps) -> (Tensor, Tensor)",
+      &matmulfree_step);
   library.def("quantise_activations(Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor)", &quantise_activations);
   library.def("packed_product(Tensor codes, Tensor packed, int rows, int kernels=0) -> Tensor", &packed_product);
   library.def("pack_ternary(Tensor weight, Tensor scale) -> Tensor", &pack);

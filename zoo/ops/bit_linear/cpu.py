@@ -1,5 +1,6 @@
 """The CPU implementation in C++, for float32."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,3 +40,29 @@ def packed_forward(
 ) -> Tensor:
     """As :func:`zoo.ops.bit_linear.vectorised.packed_forward`."""
     return torch.ops.zoo_cpu.packed_bit_linear.default(x, packed, scale, norm_weight, out_features, eps)
+
+
+def matmulfree_step(
+    x: Tensor,
+    state: Tensor,
+    floor: Tensor | None,
+    layers: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    norm_eps: float,
+    layer_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """A block of MatMul-free LM for one new token of each row; all tensors are float32 on the CPU, but packed weights.
+
+    Args:
+        x: ``[B, D]``, contiguous.
+        state: Of the block before the token, ``[B, D]``, contiguous.
+        floor: The least that each channel keeps, ``[D]``; None for 0.
+        layers: Packed weights, scale and the norm's weight of i_proj, f_proj, g_proj, o_proj, gate_proj and down_proj.
+        norms: Weights of the token mixer's, the channel mixer's and the gate's norm.
+        norm_eps: Of those.
+        layer_eps: Of the layers' norms.
+
+    Returns:
+        What the block makes of ``x``, and the state after the token.
+    """
+    return torch.ops.zoo_cpu.matmulfree_step.default(x, state, floor, layers, norms, norm_eps, layer_eps)
