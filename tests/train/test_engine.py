@@ -392,13 +392,16 @@ def test_a_damaged_picture_stops_the_run_with_its_name(
         )
 
 
-def test_some_damaged_pictures_may_be_skipped(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:
+def test_some_damaged_pictures_may_be_skipped(
+    tiny_recipe: Callable, class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(class_folder, tmp_path / "data")
     for name in ("red/03.png", "blue/10.png"):
         (tmp_path / "data" / name).write_bytes(b"")
     changes = {"data.name": str(tmp_path / "data"), "data.max_corrupt": 2, "data.workers": 1}
-    result = train(tiny_recipe(**changes), tmp_path / "run", quiet=True)
+    result = train(tiny_recipe(**changes), tmp_path / "run")
     assert read_metrics(result.folder)[-1]["step"] == 12
+    assert capsys.readouterr().out.splitlines()[-1] == "2 samples could not be read; report.html lists them"
     page = (result.folder / "report.html").read_text()
     assert "2 samples could not be read" in page
     assert str(tmp_path / "data" / "red" / "03.png") in page

@@ -238,6 +238,11 @@ class _Run:
         """Optimiser steps of the current epoch."""
         return self.train_loader.sampler.epoch_size // self.recipe.train.batch_size
 
+    @property
+    def _skipped(self) -> dict[str, str]:
+        """What could not be read so far: where it is, and why."""
+        return self.train_loader.skipped | self.val_loader.skipped
+
     def run(self) -> Result:
         """Train from where the folder's checkpoint is, or from the start."""
         recipe, folder = self.recipe, self.folder
@@ -270,6 +275,7 @@ class _Run:
         if self.accelerator.is_main_process:
             report.plot_curves(self.history, folder.curves)
             self._write_report(result)
+            self.progress.end(len(self._skipped))
             values = {"metrics": result.metrics, "raw": raw, "epoch": result.epoch, "seconds": result.seconds}
             write_json(folder.result, values)
         self.accelerator.wait_for_everyone()
@@ -305,9 +311,8 @@ class _Run:
             ("processes", f"{self.accelerator.num_processes} on {self.accelerator.device.type}"),
             ("seed", str(recipe.seed)),
         ]
-        skipped = self.train_loader.skipped | self.val_loader.skipped
         title = f"{recipe.model.name} on {recipe.data.name}"
-        page = report.Page(title, self.history, facts, skipped=skipped)
+        page = report.Page(title, self.history, facts, skipped=self._skipped)
         self.task.illustrate(page, model, self.accelerator)
         report.write_report(page, self.folder.report)
 

@@ -92,6 +92,11 @@ class Progress:
         parts.append(f"{self.last_rate:.0f} samples/s")
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
+    def end(self, skipped: int) -> None:
+        """Called when the report is written."""
+        if skipped:
+            self.console.print(f"{skipped} samples could not be read; report.html lists them", highlight=False)
+
     def _rate(self) -> float:
         steps = self.run.step - self.resumed_at
         return steps * self.samples_per_step / max(time.perf_counter() - self.started, 1e-9)
