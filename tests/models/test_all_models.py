@@ -156,6 +156,14 @@ def test_options_that_make_no_model_are_refused(name: str, option: dict) -> None
         zoo.create_model(name, **option)
 
 
+@pytest.mark.parametrize("field", ["depths", "widths"])
+def test_lists_of_unequal_length_are_refused(name: str, field: str) -> None:
+    entries = getattr(zoo.get_config(name), field)
+    for other in (entries[:-1], (*entries, entries[-1]), ()):
+        with pytest.raises(zoo.ConfigError, match=rf"{field} has {len(other)}\b.*expected one entry per stage in each"):
+            zoo.create_model(name, **{field: other})
+
+
 def test_no_classifier(name: str) -> None:
     model = zoo.create_model(name, num_classes=0).eval()
     assert model(images()).shape == (2, model.head_hidden_size)

@@ -129,6 +129,7 @@ def test_fused_blocks_have_two_ways(randomise: Callable) -> None:
         fused.stages[1].blocks[1].fc1.weight.mul_(2)
         model.stages[1].blocks[1].mlp.fc1.weight.mul_(2)
         assert_same(fused(x), model(x))
+        assert fused(x[:0]).shape == (0, 1000)
         for stage, plain in zip(fused.stages, model.stages, strict=True):
             maps = torch.randn(2, 6, 5, stage.blocks[-1].fc2.out_features)
             assert_same(stage.blocks[-1](maps), plain.blocks[-1](maps))  # a block by itself

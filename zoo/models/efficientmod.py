@@ -118,11 +118,10 @@ class ModulationBlock(nn.Module):
         return x + self.drop_path(self.ls(self.mlp(self.norm(x))))
 
 
-def attend(qkv: Tensor, batch: int, num_heads: int, head_dim: int) -> Tensor:
-    """Attention of each image's positions: ``[..., 3 * inner] -> [rows, inner]``, inner the width of all heads."""
-    q, k, v = qkv.view(batch, -1, 3, num_heads, head_dim).transpose(1, 3).unbind(2)
-    y = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H * W, head_dim]
-    return y.transpose(1, 2).reshape(-1, num_heads * head_dim)
+def attend(qkv: Tensor) -> Tensor:
+    """Attention among N positions; queries, keys, values: ``[B, N, 3, heads, K] -> [B, N, heads * K]``."""
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -138,7 +137,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
-        return self.proj(attend(self.qkv(x), B, self.num_heads, self.head_dim).view(B, H, W, -1))
+        y = attend(self.qkv(x).view(B, H * W, 3, self.num_heads, self.head_dim))
+        return self.proj(y.unflatten(1, [H, W]))
 
 
 class AttentionBlock(nn.Module):
@@ -242,12 +242,13 @@ class FusedAttentionBlock(FusedBlock):
     def _run(self, rows: Tensor, shape: torch.Size) -> Tensor:
         layers: Any = self._modules.values()
         norm1, qkv, proj, norm2, fc1, fc2 = layers
-        y = attend(qkv.run(norm1(rows)), shape[0], self.num_heads, self.head_dim)
-        rows = proj.run(y).add_(rows)
+        y = attend(qkv.run(norm1(rows)).view(shape[0], shape[1] * shape[2], 3, self.num_heads, self.head_dim))
+        rows = proj.run(y.flatten(0, 1)).add_(rows)
         return fc2.run(fc1.run(norm2(rows))).add_(rows)
 
     def _compute(self, x: Tensor) -> Tensor:
-        y = attend(self.qkv(self.norm1(x)), x.shape[0], self.num_heads, self.head_dim)
+        B, H, W, _ = x.shape
+        y = attend(self.qkv(self.norm1(x)).view(B, H * W, 3, self.num_heads, self.head_dim))
         x = x + self.proj(y).view(x.shape)
         return x + self.fc2(self.fc1(self.norm2(x)))
 
