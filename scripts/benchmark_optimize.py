@@ -1,13 +1,13 @@
 """``zoo.optimize`` against what its users would do otherwise, on this machine, side by side.
 
-    python scripts/benchmark_optimize.py [MODEL ...] [--batch 1] [--threads 2] [--pictures FILE --lower bf16,int8]
+    python scripts/benchmark_optimize.py [MODEL ...] [--batch 1] [--threads 2] [--pictures FILE --precision bf16,int8]
 
 The rivals, each on the same random weights: timm's eager model, its ``torch.compile``, a plain ONNX export of it in
-onnxruntime, and the same file in OpenVINO. EfficientMod is none of timm's: there it is the authors' model, from
-``--efficientmod models/EfficientMod.py`` of github.com/ma-xu/EfficientMod, or else zoo's own before ``fuse()``.
-zoo.optimize runs once in fp32, and once more with the precisions of ``--lower`` allowed. All take turns in one process;
-figures are medians of the rounds, and ratios are medians of the rounds' ratios with their quartiles, above 1 where
-zoo.optimize is faster.
+onnxruntime, and the same file in OpenVINO; ``--against`` names some of them. EfficientMod is none of timm's: there it
+is the authors' model, from ``--efficientmod models/EfficientMod.py`` of github.com/ma-xu/EfficientMod, or else zoo's
+own before ``fuse()``. zoo.optimize searches once, in fp32 and what ``--precision`` allows. All take turns in one
+process; figures are medians of the rounds, and ratios are medians of the rounds' ratios with their quartiles, above 1
+where zoo.optimize is faster.
 
 ``--pictures`` is the parquet file of the ImageNet sample: int8 is calibrated on 128 of them, and the share of all of
 them is printed of which the likeliest class is that of the float model. Of random weights, that says how far the
@@ -20,7 +20,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from zoo.data.image import EvalTransform, Normalise
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.convert import to_authors
 
+RIVALS = ("eager", "compile", "onnxruntime", "openvino")
 MODELS = ("efficientvit_m5", "efficientformer_l1", "lowformer_b1", "efficientmod_s", "tinynet_a")
 
 
@@ -42,12 +43,13 @@ MODELS = ("efficientvit_m5", "efficientformer_l1", "lowformer_b1", "efficientmod
 def fill(model: nn.Module, x: Tensor) -> nn.Module:
     """Random weights under which every layer counts: fresh ones have residual branches of zero.
 
-    Batch norms take their statistics from ``x``, or activations would vanish or explode with the depth.
+    Scales are around a half: from 1 on, deep residual networks amplify every rounding. Batch norms take their
+    statistics from ``x``, or activations would vanish or explode with the depth.
     """
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if name.endswith("weight") and tensor.ndim == 1:
-            tensor.copy_(0.5 + 0.5 * torch.rand(tensor.shape, generator=generator))
+            tensor.copy_(0.5 + 0.1 * torch.randn(tensor.shape, generator=generator))
         elif tensor.is_floating_point() and tensor.ndim > 1:
             tensor.copy_(tensor[0].numel() ** -0.5 * torch.randn(tensor.shape, generator=generator))
     for module in model.modules():
@@ -88,27 +90,34 @@ def plain_model(name: str, model: nn.Module, efficientmod: Path | None) -> tuple
     return "zoo's, not fused,", model
 
 
-def rivals(kind: str, plain: nn.Module, x: Tensor, threads: int, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """What a user would run without zoo.optimize."""
-    import onnxruntime
-    import openvino
-
-    found: dict[str, Callable[[], Any]] = {f"{kind} eager": lambda: plain(x)}
-    if compiled:
+def rivals(kind: str, plain: nn.Module, x: Tensor, threads: int, names: Container[str]) -> dict[str, Callable[[], Any]]:
+    """What a user would run without zoo.optimize; ``names`` are of RIVALS."""
+    found: dict[str, Callable[[], Any]] = {}
+    if "eager" in names:
+        found[f"{kind} eager"] = lambda: plain(x)
+    if "compile" in names:
         quick = torch.compile(plain)
         found["its torch.compile"] = lambda: quick(x)
+    if "onnxruntime" not in names and "openvino" not in names:
+        return found
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         onnx = torch.onnx.export(plain, (x,), dynamo=True, verbose=False).model_proto.SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    found["its ONNX in onnxruntime"] = lambda: session.run(None, feed)
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(onnx), "CPU", settings).create_infer_request()
-    found["its ONNX in OpenVINO"] = lambda: request.infer([x.numpy()], share_inputs=True)
+    if "onnxruntime" in names:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: x.numpy()}
+        found["its ONNX in onnxruntime"] = lambda: session.run(None, feed)
+    if "openvino" in names:
+        import openvino
+
+        core = openvino.Core()
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        request = core.compile_model(core.read_model(onnx), "CPU", settings).create_infer_request()
+        found["its ONNX in OpenVINO"] = lambda: request.infer([x.numpy()], share_inputs=True)
     return found
 
 
@@ -118,10 +127,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--lower", default="", help="precisions besides fp32, with commas")
-    parser.add_argument("--tolerance", type=float, default=1e-2, help="of what --lower asks for")
+    parser.add_argument("--precision", default="fp32", help="what zoo.optimize may take besides fp32, with commas")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="of those")
     parser.add_argument("--engines", help="of zoo.optimize, with commas; all by default")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the rival out")
+    parser.add_argument("--against", nargs="+", choices=RIVALS, default=RIVALS, help="rivals; all by default")
     parser.add_argument("--pictures", type=Path, help="parquet file with pictures, to calibrate with and to compare on")
     parser.add_argument("--count", type=int, default=1000, help="pictures to compare on")
     parser.add_argument("--efficientmod", type=Path, help="the authors' models/EfficientMod.py")
@@ -140,37 +149,33 @@ def main() -> None:
         model = fill(zoo.create_model(name), torch.randn(8, 3, *size) if pictures is None else pictures[::125][:8])
         kind, plain = plain_model(name, model, options.efficientmod)
         for batch in options.batch:
-            x = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+            # Inputs are like those that the batch norms saw, or activations would explode and every rounding with them.
+            noise = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+            x = noise if pictures is None else pictures[:batch].clone()
             with torch.inference_mode():
-                calls = rivals(kind, plain, x, options.threads, not options.no_compile)
-            common = {"threads": options.threads, "engines": options.engines.split(",") if options.engines else None}
-            searches = [zoo.optimize(model, x, precision="fp32", **common)]
-            if options.lower:
-                searches.append(
-                    zoo.optimize(
-                        model,
-                        x,
-                        precision=options.lower.split(","),
-                        tolerance=options.tolerance,
-                        pictures=None if pictures is None else pictures[:128],
-                        **common,
-                    )
+                calls = rivals(kind, plain, x, options.threads, options.against)
+            fast = zoo.optimize(
+                model,
+                x,
+                precision=options.precision.split(","),
+                tolerance=options.tolerance,
+                pictures=None if pictures is None else pictures[:128],
+                threads=options.threads,
+                engines=options.engines.split(",") if options.engines else None,
+            )
+            with torch.inference_mode():
+                timings = measure({"ours": lambda: fast(x), **calls}, threads=options.threads, rounds=options.rounds)  # noqa: B023
+            print(f"\n{fast.report}\n", file=sys.stderr)
+            chosen, seconds = fast.report.chosen, fast.report.facts["search_s"]
+            exact = pictures is None or chosen.precision == "fp32"
+            same = "-" if exact else f"{100 * agreement(model, fast, pictures, batch):.1f} %"
+            for rival in calls:
+                print(
+                    f"| `{name}` | {batch} | {chosen.engine} {chosen.precision} | {1e3 * timings['ours'].median:.1f} "
+                    f"| {rival} | {1e3 * timings[rival].median:.1f} | {compare(timings['ours'], timings[rival])} "
+                    f"| {seconds:.0f} | {same} |",
+                    flush=True,
                 )
-            ours = {f"zoo.optimize {i}": (lambda fast=fast, x=x: fast(x)) for i, fast in enumerate(searches)}
-            with torch.inference_mode():
-                timings = measure({**ours, **calls}, threads=options.threads, rounds=options.rounds)
-            for key, fast in zip(ours, searches, strict=True):
-                print(f"\n{fast.report}\n", file=sys.stderr)
-                chosen, seconds = fast.report.chosen, fast.report.facts["search_s"]
-                exact = pictures is None or chosen.precision == "fp32"
-                same = "-" if exact else f"{100 * agreement(model, fast, pictures, batch):.1f} %"
-                for rival in calls:
-                    print(
-                        f"| `{name}` | {batch} | {chosen.engine} {chosen.precision} | {1e3 * timings[key].median:.1f} "
-                        f"| {rival} | {1e3 * timings[rival].median:.1f} | {compare(timings[key], timings[rival])} "
-                        f"| {seconds:.0f} | {same} |",
-                        flush=True,
-                    )
     print(f"\nLoad average after: {os.getloadavg()[0]:.2f}")
 
 

@@ -240,9 +240,10 @@ def optimize(
 ) -> Optimized:
     """Try the ways of running a model that are installed, and return the fastest that still answers the same.
 
-    Each engine's candidate is built and run for the first time in a process of its own, under a time limit; what
-    fails, crashes, takes too long or answers differently is a line of the report. Those that pass are measured in
-    turns. The model itself stays as it is.
+    Each engine's candidate is built, loaded and run on all checks in a process of its own, under a time limit; what
+    fails, crashes, takes too long or answers differently is a line of the report. Those that pass, and no others, are
+    loaded here, to be measured in turns; the fastest stays, in this process, as any call of its engine would be. The
+    model itself stays as it is.
 
     Args:
         model: Any module whose inputs and outputs are tensors.
