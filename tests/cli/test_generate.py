@@ -137,6 +137,7 @@ def test_depths_in_colour_and_as_a_picture(cli: Callable, recursive: Path, tmp_p
             ("--plot-depth", "x.jpeg", "--max-new-tokens", "2"),
             "x.jpeg is no picture; expected a name that ends in .png",
         ),
+        (("--plot-depth", "nowhere/x.png"), "There is no folder nowhere for x.png"),
     ],
 )
 def test_mistakes_with_many(

@@ -91,6 +91,20 @@ def test_going_on_from_a_cache(model: Any) -> None:
         assert torch.equal(rest, whole)
 
 
+def test_copies_while_gradients_are_tracked(model: Any) -> None:
+    """What was computed under autograd can be copied, cache and model."""
+    cache = model.make_cache()
+    model(prompts(), past_key_values=cache, use_cache=True)
+    again = copy.deepcopy(cache)
+    assert again.state is not cache.state
+    assert again.get_seq_length() == cache.get_seq_length()
+    step = prompts()[:, :1]
+    with torch.no_grad():
+        expected = model(step, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(model(step, past_key_values=again, use_cache=True).logits, expected)
+        assert torch.equal(copy.deepcopy(model)(step).logits, model(step).logits)
+
+
 def test_streaming(model: Any) -> None:
     class Collect:
         tokens: list[torch.Tensor] = []

@@ -321,6 +321,8 @@ def test_cropped_and_reordered_caches_continue(variant: str) -> None:
     with torch.no_grad():
         cache = model.make_cache()
         model(ids, past_key_values=cache)
+        with pytest.raises(zoo.errors.ShapeError, match="holds 12 tokens; expected at most so many to be removed"):
+            cache.crop(-13)
         cache.crop(-5)
         cache.reorder_cache(order)
         assert cache.get_seq_length() == 7

@@ -91,7 +91,9 @@ def mean_depths(texts: Iterable[tuple[Sequence[str], Sequence[int]]]) -> tuple[l
 
 
 def check_picture(path: Path) -> None:
-    """Raise :class:`ConfigError` if a name is not that of a picture that :func:`plot_depths` draws."""
+    """Raise :class:`ConfigError` if :func:`plot_depths` draws no picture of this name, or has nowhere to put it."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"There is no folder {path.parent} for {path.name}; expected one that is there.")
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path} is no picture; expected a name that ends in .png, .svg or .pdf.")
 

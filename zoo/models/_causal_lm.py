@@ -9,6 +9,7 @@ for: a ``PreTrainedConfig`` with the dataclass's fields (its ``arch()`` gives th
 Letters in shapes: B batch, T tokens of this call, P tokens in the cache, D width, V vocabulary.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -59,6 +60,12 @@ class TrunkCache:
         self.length = 0
         self.tensors.clear()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of the numbers, and not of how they were computed: PyTorch copies no tensor that autograd still needs."""
+        copied = copy.copy(self)
+        copied.__dict__.update({name: _detached_copy(value) for name, value in self.__dict__.items()})
+        return copied
+
     @property
     def rows(self) -> int:
         """Size of the batch; 0 before anything was read."""
@@ -68,6 +75,15 @@ class TrunkCache:
     def nbytes(self) -> int:
         """Memory of the tensors, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _detached_copy(value: Any) -> Any:
+    """Tensors in lists and dicts copied, all else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _detached_copy(each) for key, each in value.items()}
+    return [_detached_copy(each) for each in value] if isinstance(value, list) else value
 
 
 @dataclass
@@ -305,6 +321,8 @@ def _cache_class() -> Any:
 
         def crop(self, tokens: int) -> None:
             """Keep so many tokens, or, for a negative number, remove so many."""
+            if tokens < -self.state.length:
+                raise ShapeError(f"The cache holds {self.state.length} tokens; expected at most so many to be removed.")
             self.state.crop(tokens if tokens > 0 else self.state.length + tokens)
 
         def reset(self) -> None:

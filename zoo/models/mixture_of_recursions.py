@@ -394,6 +394,16 @@ class Routing:
         """Recursions that a token took on average, padding apart."""
         return float(self.depths[self.depths >= 0].double().mean())
 
+    def detached(self) -> "Routing":
+        """The same without autograd's memory of how it came to be, which would be kept alive with it."""
+
+        def free(value: Any) -> Any:
+            if isinstance(value, list):
+                return [each.detach() for each in value]
+            return None if value is None else value.detach()
+
+        return Routing(**{spec.name: free(getattr(self, spec.name)) for spec in dataclasses.fields(self)})
+
     def loss(self, config: MixtureOfRecursionsConfig) -> Tensor | None:
         """What training adds to the cross-entropy; None outside it."""
         terms = [
@@ -541,7 +551,7 @@ class MixtureOfRecursions(Trunk):
         states[-1] = x
         if self.training and not self._steps_are_set:
             self.step += 1
-        self.last = record
+        self.last = record.detached()
         total, tokens = self._depths
         self._depths = (total + record.depths.clamp(min=0).sum(), tokens + (record.depths >= 0).sum())
         loss = record.loss(config) if self.training else None
