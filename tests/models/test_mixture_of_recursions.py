@@ -1,6 +1,7 @@
 """Mixture-of-Recursions: equal to the released code in training, causal in decoding, as cheap as its routers say."""
 
 import dataclasses
+import math
 import random
 from pathlib import Path
 from types import ModuleType
@@ -465,7 +466,29 @@ def test_bad_input_of_the_batcher() -> None:
             DepthBatcher(model).submit(prompt)
     with pytest.raises(zoo.errors.ShapeError, match="max_new_tokens is 0"):
         DepthBatcher(model).submit([1], max_new_tokens=0)
+    with pytest.raises(zoo.ConfigError, match="temperature nan"):
+        DepthBatcher(model, temperature=math.nan)
     assert DepthBatcher(model).run() == []
+
+
+def test_the_batcher_takes_tokens_that_were_added() -> None:
+    model = make()
+    model.resize_token_embeddings(100)
+    batcher = DepthBatcher(model)
+    batcher.submit([99, 98], max_new_tokens=2)
+    ids = torch.tensor([[99, 98]])
+    expected = model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert batcher.run()[0].tokens == expected[0, 2:].tolist()
+
+
+def test_the_batcher_warns_once_of_positions(caplog: pytest.LogCaptureFixture) -> None:
+    model = make(max_position_embeddings=8)
+    batcher = DepthBatcher(model)
+    batcher.submit([1, 2], max_new_tokens=6)
+    assert not caplog.messages
+    for _ in range(2):
+        batcher.submit([1, 2], max_new_tokens=7)
+    assert caplog.messages == ["A text may pass the model's 8 positions, beyond which it was not trained."]
 
 
 # ---- sharing
@@ -599,6 +622,18 @@ def test_token_choice_takes_a_budget() -> None:
     assert model.calibrate(tokens(8, 64, seed=7), 0.5) == pytest.approx(1.5, abs=0.1)
 
 
+def test_routers_that_are_sure_can_be_told_apart() -> None:
+    """In float32 all their probabilities are 1, or close to it."""
+    model = make("expert")
+    trunk = model.model
+    logits = torch.linspace(20.0, 30.0, 11)
+    assert (logits.float().sigmoid() == 1).sum() > 5
+    trunk.arch = trunk.arch.override(thresholds=(0.0, 1 - math.exp(-24.5), 1.0))
+    assert trunk.goes_on(logits, 0) is None
+    assert trunk.goes_on(logits, 1).tolist() == (logits > 24.5).tolist()
+    assert not trunk.goes_on(logits, 2).any()
+
+
 def test_budgets_that_cannot_be_had() -> None:
     model = make("expert")
     with pytest.raises(zoo.ConfigError, match="was not calibrated; expected tokens"):
@@ -607,6 +642,9 @@ def test_budgets_that_cannot_be_had() -> None:
         model.set_compute_budget(0.2, tokens())
     with pytest.raises(zoo.ConfigError, match="without a router"):
         make("none").set_compute_budget(0.5)
+    for budget in (1.5, math.nan, "x", None):
+        with pytest.raises(zoo.ConfigError, match="expected a share of the recursions"):
+            model.set_compute_budget(budget)
 
 
 # ---- bad input

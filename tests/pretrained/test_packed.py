@@ -1,5 +1,6 @@
 """Packed files of ternary models: written, loaded, checked, and refused."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def test_a_file_gives_the_packed_model(model: Any, file: Path) -> None:
 
 
 @torch.no_grad()
+def test_transformers_does_not_write_it(model: Any, tmp_path: Path) -> None:
+    """Its config.json would not say that it is packed, and ``from_pretrained`` would make up the weights."""
+    packed = pack_bit_linears(copy.deepcopy(model))
+    with pytest.raises(WeightsError, match="The model is packed"):
+        packed.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_generates(model: Any, file: Path) -> None:
     loaded = zoo.create_model(str(file)).eval()
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

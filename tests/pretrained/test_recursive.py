@@ -95,3 +95,15 @@ def test_models_that_cannot_be_converted() -> None:
         zoo.convert_to_recursive(llama(attention_bias=True))
     with pytest.raises(zoo.ConfigError, match="no Llama-like layers"):
         zoo.convert_to_recursive(torch.nn.Linear(2, 2))
+    with pytest.raises(zoo.ConfigError, match="is recursive already"):
+        zoo.convert_to_recursive(zoo.create_model("mor_2m_r3"))
+
+
+def test_how_the_dense_model_writes_is_kept() -> None:
+    model = llama()
+    model.config.eos_token_id = model.generation_config.eos_token_id = [1, 2]
+    model.generation_config.temperature = 0.5
+    twin: Any = zoo.convert_to_recursive(model, 3)
+    assert twin.config.eos_token_id == 1
+    assert twin.generation_config.eos_token_id == [1, 2]
+    assert twin.generation_config.temperature == 0.5

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.config import TextConfig
 from zoo.errors import ConfigError, ShapeError, WeightsError, require
+from zoo.layers.bit_linear import PackedBitLinear
 from zoo.registry import families, get_family, index
 
 
@@ -424,6 +425,14 @@ def _model_class(lm: CausalLM, config_class: Any, name: str) -> Any:
                 old.weight, old.out_features = new_embeddings.weight, new_embeddings.out_features
             else:
                 self.lm_head = new_embeddings
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(module, PackedBitLinear) for module in self.modules()):
+                raise WeightsError(
+                    "The model is packed, which no config.json says, so that from_pretrained would fill it at random; "
+                    "write it with zoo.pretrained.packed.save_packed, or save() of what zoo.optimize gave."
+                )
+            return super().save_pretrained(*args, **kwargs)
 
         # The forward pass
 

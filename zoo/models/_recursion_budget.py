@@ -78,7 +78,7 @@ def calibrate(model: Any, tokens: Tensor, budget: float | None = None) -> float:
         for recursion, share in enumerate(shares):
             trunk.arch = config.override(thresholds=tuple(thresholds))
             logits = _router_logits(model, tokens)
-            arrived = logits[recursion].flatten().sigmoid().double() if len(logits) > recursion else torch.ones(1)
+            arrived = logits[recursion].flatten().double().sigmoid() if len(logits) > recursion else torch.ones(1)
             quantiles.append(tuple(arrived.quantile(torch.linspace(0, 1, 65).to(arrived)).tolist()))
             kept = round(share / before * len(arrived))
             thresholds[recursion] = 0.0 if share == before else _kth_largest(arrived, kept)
@@ -128,6 +128,8 @@ def set_compute_budget(model: Any, budget: float, tokens: Tensor | None = None) 
     Raises:
         ConfigError: If the budget cannot be had, or there is neither text nor an earlier calibration.
     """
+    if not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise ConfigError(f"The compute budget is {budget!r}; expected a share of the recursions, up to 1.")
     config = model.model.arch
     if tokens is not None or config.router == "none":
         calibrate(model, tokens, budget)  # type: ignore[arg-type]

@@ -637,7 +637,10 @@ class MixtureOfRecursions(Trunk):
     def goes_on(self, logits: Tensor, recursion: int) -> Tensor | None:
         """Which tokens a recursion takes by its threshold, bool like ``logits``; None for all."""
         threshold = self.config.decision_thresholds[recursion]
-        return None if threshold == 0.0 else logits.sigmoid() >= threshold
+        if threshold == 0.0:
+            return None
+        # Of logits, since in float32 the probabilities of a router that is sure are all 1.
+        return logits >= (math.inf if threshold == 1.0 else math.log(threshold / (1 - threshold)))
 
     def _token_choice(self, x: Tensor, everything: Tokens, record: Routing, states: list[Tensor]) -> Tensor:
         config, repeats = self.config, self.config.num_recursions

@@ -50,7 +50,7 @@ class Extension:
         if self._unavailable is _UNTRIED:
             self._unavailable = self._load()
             if self._unavailable:
-                _logger.info("%s: no C++ kernel (%s); using vectorised PyTorch", self.operator, self._unavailable)
+                _logger.warning("%s: no C++ kernel (%s); using vectorised PyTorch", self.operator, self._unavailable)
         return self._unavailable
 
     @property

@@ -1,5 +1,6 @@
 """A pretrained dense Llama as the beginning of a recursive model, to be trained further."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, nearest
 from zoo.factory import build
-from zoo.models.mixture_of_recursions import Block, MixtureOfRecursionsConfig, RelaxedLinear
+from zoo.models.mixture_of_recursions import Block, MixtureOfRecursions, MixtureOfRecursionsConfig, RelaxedLinear
 
 INITS = ("average", "stepwise", "lower", "upper", "random")
 
@@ -61,6 +62,8 @@ def convert_to_recursive(
         uses = [layer for layer, own in enumerate(config.block_of) if own == number]
         if len(uses) == 1 or init != "random":
             _fill(block, [dense[use] for use in uses], _chosen(config, number, uses, init, dense))
+    if getattr(source, "generation_config", None) is not None:
+        twin.generation_config = copy.deepcopy(source.generation_config)
     return twin.train()
 
 
@@ -120,6 +123,8 @@ def _config_of(
     layers: Any = getattr(getattr(model, "model", None), "layers", None)
     blocks = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj", "input_layernorm")
     known = layers is not None and all(any(name == path for name, _ in layers[0].named_modules()) for path in blocks)
+    if isinstance(getattr(model, "model", None), MixtureOfRecursions):
+        raise ConfigError(f"{type(model).__name__} is recursive already; expected a dense LlamaForCausalLM.")
     if given is None or not known:
         raise ConfigError(f"{type(model).__name__} has no Llama-like layers; expected for example a LlamaForCausalLM.")
     biases = [name for name, _ in layers[0].named_parameters() if name.endswith("bias")]
@@ -139,6 +144,8 @@ def _config_of(
         )
     names = {spec.name for spec in dataclasses.fields(MixtureOfRecursionsConfig)}
     fields = {name: value for name, value in given.to_dict().items() if name in names}
+    if isinstance(fields.get("eos_token_id"), list):  # the others stay in the generation config
+        fields["eos_token_id"] = fields["eos_token_id"][0]
     fields["rope_theta"] = float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0)))
     fields["alpha"] = 1.0 if router == "token" else 0.1
     return MixtureOfRecursionsConfig(

@@ -8,6 +8,7 @@ and fewer tokens.
 In this file S is the number of places for sequences, N of tokens in a pass.
 """
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ from zoo.errors import ConfigError, ShapeError
 from zoo.models._recursion_cache import RecursionCache
 from zoo.models.mixture_of_recursions import MixtureOfRecursions
 from zoo.ops.attend_rows import attend_rows
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -213,7 +216,7 @@ class DepthBatcher:
             raise ConfigError(
                 f"sharing is {config.sharing!r}; expected 'cycle' or 'middle_cycle', whose recursions pass."
             )
-        if max_sequences < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        if max_sequences < 1 or not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
             raise ConfigError(
                 f"max_sequences is {max_sequences}, temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}; "
                 "expected at least 1, 0 and 0, and more than 0 up to 1."
@@ -241,6 +244,7 @@ class DepthBatcher:
         self.waiting: deque[_Sequence] = deque()
         self.finished: dict[int, Generated] = {}
         self.submitted = self.passes = self.tokens_passed = 0
+        self._warned = False  # of positions
         # Per-layer norms and relaxations make tokens of different depths different to the block.
         self._mixes = config.share_norms and not config.lora_rank
 
@@ -258,11 +262,15 @@ class DepthBatcher:
             ShapeError: If it is empty, or holds a token that the model does not know.
         """
         tokens = [int(token) for token in (prompt.tolist() if isinstance(prompt, Tensor) else prompt)]
-        vocab = self.trunk.config.vocab_size
+        vocab = self.trunk.embed_tokens.num_embeddings
         if not tokens or min(tokens) < 0 or max(tokens) >= vocab:
             raise ShapeError(f"The prompt is {tokens[:8]}; expected at least one token, each from 0 to {vocab - 1}.")
         if max_new_tokens < 1:
             raise ShapeError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+        most = self.trunk.config.max_position_embeddings
+        if len(tokens) + max_new_tokens > most and not self._warned:
+            self._warned = True
+            _logger.warning("A text may pass the model's %d positions, beyond which it was not trained.", most)
         number = self.submitted
         self.submitted += 1
         generator = torch.Generator().manual_seed(self.seed + number) if self.temperature else None
