@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.deploy import forms
-from zoo.deploy.engines import register_engine
+from zoo.deploy.engines import CALIBRATION, Job, get_engine, register_engine
 from zoo.deploy.forms import Form, register_form
-from zoo.deploy.program import copy_for_inference
+from zoo.deploy.program import capture, copy_for_inference, fused, save_program
 from zoo.errors import ConfigError, ExportError, ShapeError
 
 SIZES = {"depths": (1, 1, 1), "widths": (16, 24, 32), "num_heads": (2, 2, 2), "img_size": 64, "num_classes": 7}
@@ -460,6 +460,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], picture
     model = zoo.create_model("efficientvit_m0.zoo_cifar10", pretrained=True).eval()
     with torch.inference_mode():
         assert (loaded(pictures[:1]) - model(pictures[:1])).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_openvino_quantises_all_weights_but_the_last_layers(model: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    import numpy as np
+    import openvino
+
+    source = save_program(capture(fused(model), (pictures[:1],)), tmp_path / "model.onnx", onnx=True)
+    np.save(tmp_path / CALIBRATION, pictures.numpy())
+    (tmp_path / "built").mkdir()
+    get_engine("openvino").build(source, tmp_path / "built", Job(engine="openvino", precision="int8"))
+    operators = openvino.Core().read_model(tmp_path / "built" / "model.xml").get_ops()
+    found = [
+        (op.get_type_name(), op.input_value(0).get_node().get_type_name() == "FakeQuantize")
+        for op in operators
+        if op.get_type_name() in ("Convolution", "MatMul")
+    ]
+    assert sorted(found) == [("Convolution", True), ("Convolution", True), ("MatMul", False)]
 
 
 @pytest.mark.gpu
