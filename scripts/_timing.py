@@ -2,9 +2,12 @@
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+from zoo.analysis.benchmark import REST_S
 
 
 def in_turns(rounds: int, timers: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -13,6 +16,7 @@ def in_turns(rounds: int, timers: Mapping[str, Callable[[], float]]) -> dict[str
     for i in range(rounds + 1):
         for name, timer in timers.items():
             gc.collect()
+            time.sleep(REST_S)
             seconds = timer()
             if i:
                 samples[name].append(seconds)

@@ -87,6 +87,11 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
+# Before a turn: threads of the runtime that had the last one (onnxruntime's) go on looking for work about that long, on
+# the cores that this one needs.
+REST_S = 0.06
+
+
 def measure(
     calls: Mapping[str, Callable[[], object]],
     *,
@@ -98,6 +103,8 @@ def measure(
     warmup_s: float = 3.0,
 ) -> dict[str, Timing]:
     """Time calls in turns: each is warmed up, then every round gives each of them a turn of at least one call.
+
+    Between turns there is a short rest, so that threads of the call before are asleep.
 
     A call is timed as it is: bring your own ``torch.inference_mode()``. Its inputs stay in the caches from one call to
     the next, as they do in a service that has just decoded them.
@@ -130,6 +137,8 @@ def measure(
     for _ in range(rounds):
         for name, turn in turns.items():
             gc.collect()
+            if len(turns) > 1:
+                time.sleep(REST_S)
             times[name].append(turn(turn_s))
     return {
         name: Timing(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.analysis.benchmark import compare, measure
+from zoo.analysis.benchmark import REST_S, compare, measure
 from zoo.atomic import load_safetensors, save_safetensors
 from zoo.config import ImageConfig, TextConfig
 from zoo.deploy import forms
@@ -313,7 +313,9 @@ def optimize(
         key: _writing(candidate.model, inputs) if writes and candidate.model else _call(candidate.run, inputs)
         for key, candidate in candidates.items()
     }
-    once = sum(max(_seconds(call), _TURN) for call in calls.values())  # of one round; and the first part of a warm-up
+    once = sum(
+        max(_seconds(call), _TURN) + REST_S for call in calls.values()
+    )  # of a round; and the first of a warm-up
     left = max(0.0, deadline - time.monotonic())
     timings = measure(
         calls,
