@@ -313,9 +313,7 @@ def optimize(
         key: _writing(candidate.model, inputs) if writes and candidate.model else _call(candidate.run, inputs)
         for key, candidate in candidates.items()
     }
-    once = sum(
-        max(_seconds(call), _TURN) + REST_S for call in calls.values()
-    )  # of a round; and the first of a warm-up
+    once = sum(max(_seconds(call), _TURN) + REST_S for call in calls.values())  # of a round; and the first of a warm-up
     left = max(0.0, deadline - time.monotonic())
     timings = measure(
         calls,
