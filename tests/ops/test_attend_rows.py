@@ -1,10 +1,6 @@
 """Attention to a ragged cache: every implementation against the definition."""
 
-import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -82,9 +78,6 @@ def test_shapes_that_disagree() -> None:
 
 
 INTERPRETED = """
-import sys
-
-sys.path.insert(0, sys.argv[1])
 import test_attend_rows as tests
 from zoo.ops.attend_rows import triton_impl
 
@@ -97,36 +90,20 @@ for name, sizes in tests.CASES.items():
 
 
 @pytest.mark.slow
-def test_triton_kernel_interpreted() -> None:
+def test_triton_kernel_interpreted(interpret: Callable) -> None:
     """The Triton kernel's arithmetic, without a GPU."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", choose.variable: "triton"}
-    command = [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED, choose.variable)
 
 
 @pytest.mark.slow
-def test_triton_kernel_compiles() -> None:
+def test_triton_kernel_compiles(compile_kernel: Callable) -> None:
     """To machine code of a GPU that need not be there."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from zoo.ops.attend_rows import triton_impl
 
-    function = triton_impl._kernel
-    if not isinstance(function, triton.JITFunction):
-        pytest.skip("Triton interprets here")
     constants = {"G": 4, "W": 64, "C": triton_impl.TILE["C"]}
-    types = {"rows": "*i64", "counts": "*i64", "scale": "fp32"}
-    floats = ("q", "keys", "values", "out")
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "*fp32" if name in floats else "i32")
-        for name in inspect.signature(function.fn).parameters
-    }
-    source = ASTSource(function, signature, constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+    strides = [f"{which}_{what}" for which in ("key", "value") for what in ("row", "head", "token")]
+    types = {"rows": "*i64", "counts": "*i64", "scale": "fp32", **dict.fromkeys(("group", "width", *strides), "i32")}
+    compile_kernel(triton_impl._kernel, constants, types)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,8 @@
 """BitLinear: every implementation against a readable reference, packed weights, operators, and what is refused."""
 
-import inspect
 import logging
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -517,8 +514,7 @@ def test_counted_as_a_linear_layer() -> None:
 # The kernels for GPUs.
 
 INTERPRETED = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
+import torch
 import test_bit_linear as tests
 from zoo.ops.bit_linear import triton_impl
 triton_impl.FEW_TILE |= {"R": 4, "K": 16}  # more than one tile of what is small
@@ -534,41 +530,25 @@ for size in ({"columns": 37, "rows": 23}, {"columns": 70, "rows": 90, "tokens": 
 
 
 @pytest.mark.slow
-def test_triton_kernels_interpreted() -> None:
+def test_triton_kernels_interpreted(interpret: Callable) -> None:
     """The Triton kernels' arithmetic, without a GPU."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", choose.variable: "triton"}
-    command = [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED, choose.variable)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["_quantise_kernel", "_few_kernel", "_many_kernel"])
-def test_triton_kernels_compile(kernel: str) -> None:
+def test_triton_kernels_compile(kernel: str, compile_kernel: Callable) -> None:
     """To machine code of a GPU that need not be there."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from zoo.ops.bit_linear import triton_impl
 
-    function = getattr(triton_impl, kernel)
-    if not isinstance(function, triton.JITFunction):
-        pytest.skip("Triton interprets here")
     constants = {
         "_quantise_kernel": {"K": 4096},
         "_few_kernel": {name: triton_impl.FEW_TILE[name] for name in "RK"},
         "_many_kernel": {name: triton_impl.MANY_TILES[-1][1][name] for name in "MRK"},
     }[kernel]
-    types = {"codes": "*i8", "packed": "*u8", "sums": "*i32", "eps": "fp32"}
-    integers = ("tokens", "packed_rows", "rows", "columns")
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32" if name in integers else "*fp32")
-        for name in inspect.signature(function.fn).parameters
-    }
-    source = ASTSource(function, signature, constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+    integers = dict.fromkeys(("tokens", "packed_rows", "rows", "columns"), "i32")
+    types = {"codes": "*i8", "packed": "*u8", "sums": "*i32", "eps": "fp32", **integers}
+    compile_kernel(getattr(triton_impl, kernel), constants, types)
 
 
 @pytest.mark.gpu

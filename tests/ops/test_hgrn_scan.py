@@ -1,9 +1,6 @@
 """The gated recurrence: every implementation against the reference, the operator, what it refuses, and its export."""
 
-import inspect
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,8 +286,7 @@ def test_onnx(decomposed: bool, tmp_path: Path) -> None:
 # The kernels for GPUs.
 
 INTERPRETED = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
+import torch
 import test_hgrn_scan as tests
 from zoo.ops.hgrn_scan import triton_impl
 triton_impl.TILE |= {"T": 8, "D": 4}  # the interpreter takes its time for each element
@@ -303,39 +299,22 @@ for size in ({"length": 19, "width": 6}, {"length": 16, "batch": 1, "width": 4},
 
 
 @pytest.mark.slow
-def test_triton_kernels_interpreted() -> None:
+def test_triton_kernels_interpreted(interpret: Callable) -> None:
     """The Triton kernels' arithmetic, without a GPU."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", choose.variable: "triton"}
-    command = [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED, choose.variable)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
 @pytest.mark.parametrize("state", [False, True])
-def test_triton_kernels_compile(kernel: str, state: bool) -> None:
+def test_triton_kernels_compile(kernel: str, state: bool, compile_kernel: Callable) -> None:
     """To machine code of a GPU that need not be there."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from zoo.ops.hgrn_scan import triton_impl
 
-    function = getattr(triton_impl, kernel)
-    if not isinstance(function, triton.JITFunction):
-        pytest.skip("Triton interprets here")
     constants = {name: triton_impl.TILE[name] for name in "TD"} | {"HAS_STATE": state}
     if not state:
         constants["initial_state"] = None
-    integers = {"length", "width", "tiles"}
-    signature = {
-        name: "constexpr" if name in constants else "i32" if name in integers else "*fp32"
-        for name in inspect.signature(function.fn).parameters
-    }
-    source = ASTSource(function, signature, constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+    compile_kernel(getattr(triton_impl, kernel), constants, dict.fromkeys(("length", "width", "tiles"), "i32"))
 
 
 @pytest.mark.gpu
