@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from zoo.analysis.benchmark import REST_S
+from zoo.deploy.cuda_graph import record
 
 
 def in_turns(rounds: int, timers: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -44,16 +45,12 @@ def replayed(call: Callable[[], object], calls: int, at_least: float) -> Callabl
 
     So the processor's time to start kernels one by one is left out.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+
+    def all_calls() -> None:
         for _ in range(calls):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
+
+    graph = record(all_calls, warmup=1)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> float:

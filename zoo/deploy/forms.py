@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.deploy.cuda_graph import record
 from zoo.deploy.engines import refuses_precision
 from zoo.deploy.program import DTYPES, InDtype, copy_for_inference, fused
 from zoo.errors import ConfigError, nearest
@@ -67,15 +68,11 @@ class CudaGraph(nn.Module):
     @torch.no_grad()
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their kernels and get their memory before the recording
-                self.model(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+
+        def call() -> None:
             self._output = self.model(*self._inputs)
+
+        self._graph = record(call)
 
 
 def _packed(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from zoo.deploy.cuda_graph import record
 from zoo.models._causal_lm import Trunk, TrunkCache, TrunkOutput
 
 
@@ -62,15 +63,7 @@ class _Step:
             self.hidden = type(trunk).forward(trunk, self.x, mask=self.mask, cache=inner).hidden
             self.after = torch.stack([inner.tensors[key] for key in self.keys])
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their kernels and get their memory before the recording
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            step()
+        self.graph = record(step)
 
     def __call__(self, x: Tensor, mask: Tensor | None, cache: TrunkCache) -> Tensor:
         self.x.copy_(x)
