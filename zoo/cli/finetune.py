@@ -40,12 +40,7 @@ def train(
     """Train a model as a recipe says."""
     from zoo.train.recipe import find_recipe, load_recipe
 
-    _run(
-        load_recipe(recipe, overrides or []),
-        out or Path("runs") / find_recipe(recipe).stem,
-        resume is Resume.auto,
-        show,
-    )
+    _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
 
 
 def finetune(
@@ -67,22 +62,17 @@ def finetune(
     if not data:
         if is_model(recipe) and not Path(recipe).exists():
             raise RecipeError(f"{recipe!r} is a model; expected --data with it, or a recipe (`zoo recipes list`).")
-        _run(
-            load_recipe(recipe, overrides or []),
-            out or Path("runs") / find_recipe(recipe).stem,
-            resume is Resume.auto,
-            show,
-        )
+        _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
         return
     from zoo.train.automatic import finetune_recipe
 
     choice = finetune_recipe(recipe, data, overrides or [])
     if not show:
         print(*choice.notes, sep="\n")
-    _run(choice.recipe, out or Path("runs") / f"{recipe}-{Path(data).stem}", resume is Resume.auto, show)
+    _run(choice.recipe, out or Path("runs") / f"{recipe}-{Path(data).stem}", resume, show)
 
 
-def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
+def _run(recipe: "Recipe", out: Path, resume: Resume, show: bool) -> None:
     from zoo.cli._output import console, table
     from zoo.errors import require
 
@@ -96,7 +86,7 @@ def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
     from zoo.train.report import FIGURES
 
     try:
-        comparison = finetune(recipe, out, resume=resume)
+        comparison = finetune(recipe, out, resume=resume is Resume.auto)
     except KeyboardInterrupt as interrupt:
         print(f"zoo: interrupted; with --resume auto the same command continues {out}.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
