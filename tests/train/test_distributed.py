@@ -134,6 +134,15 @@ def test_processes_together_equal_one(
     assert_close(tmp_path / "run", alone[kind])
 
 
+def kill_when_saved(processes: list[subprocess.Popen], run: Path) -> None:
+    """Kill all processes of a run as soon as it has a checkpoint."""
+    wait_for(lambda: (run / "checkpoint.safetensors").exists(), processes)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, then", [("images", ("", 1)), ("text", ("fsdp2", 2))])
 def test_sharded_processes_equal_one(
@@ -145,12 +154,8 @@ def test_sharded_processes_equal_one(
     then: tuple[str, int],
 ) -> None:
     """Killed once and gone on with, sharded or not: what is saved is whole."""
-    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     processes = start(recipes[kind].replace(**{"train.sharding": "fsdp2"}), tmp_path / "run", 2)
-    wait_for(lambda: checkpoint.exists(), processes)
-    for process in processes:
-        process.kill()
-        process.wait()
+    kill_when_saved(processes, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["distributed"] == "FSDP"
     sharding, world = then
@@ -171,13 +176,8 @@ def test_killed_and_resumed_on_other_processes(
     kind: str,
     worlds: tuple[int, int],
 ) -> None:
-    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     processes = start(recipes[kind], tmp_path / "run", worlds[0])
-    wait_for(lambda: checkpoint.exists(), processes)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait()
+    kill_when_saved(processes, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
     finish(start(recipes[kind], tmp_path / "run", worlds[1]))
     assert_close(tmp_path / "run", alone[kind])

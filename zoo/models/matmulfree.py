@@ -26,7 +26,7 @@ from zoo.errors import ConfigError
 from zoo.layers import BitLinear, PackedBitLinear, alike, is_hooked
 from zoo.models._causal_lm import CausalLM, Trunk, TrunkCache, TrunkOutput
 from zoo.ops.bit_linear import choose as choose_bit_linear
-from zoo.ops.bit_linear import cpu, is_plain_inference
+from zoo.ops.bit_linear import cpu, is_unobserved
 from zoo.ops.hgrn_scan import choose as choose_scan
 from zoo.ops.hgrn_scan import hgrn_scan
 from zoo.registry import Family
@@ -149,7 +149,7 @@ class MatMulFreeBlock(nn.Module):
         attn, mlp = blocks["attn"]._modules, blocks["mlp"]._modules
         layers = [attn[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
         layers += [mlp["gate_proj"], mlp["down_proj"]]
-        if any(type(layer) is not PackedBitLinear for layer in layers) or not is_plain_inference(x):
+        if any(type(layer) is not PackedBitLinear for layer in layers) or not is_unobserved(x):
             return None
         norms = [blocks["attn_norm"], blocks["mlp_norm"], attn["g_norm"]]
         inner = [layer._modules["norm"] for layer in layers]

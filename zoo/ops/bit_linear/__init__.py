@@ -32,7 +32,7 @@ __all__ = [
     "bit_linear",
     "bit_linear_reference",
     "choose",
-    "is_plain_inference",
+    "is_unobserved",
     "onnx_decompositions",
     "pack_ternary",
     "pack_weight",
@@ -114,12 +114,12 @@ def packed_bit_linear(
         ShapeError: If shapes, dtypes or devices disagree.
         ConfigError: If ``ZOO_BIT_LINEAR`` asks for what does not exist or cannot run on this device.
     """
-    if is_plain_inference(x) and cpu.is_ready_for(x, packed, scale, norm_weight) and not choose.forced():
+    if is_unobserved(x) and cpu.is_ready_for(x, packed, scale, norm_weight) and not choose.forced():
         return cpu.packed_forward(x, packed, scale, norm_weight, out_features, eps)
     check_packed(x, packed, scale, norm_weight, out_features)
     route = _route()
     if route == "op":
-        if is_plain_inference(x):
+        if is_unobserved(x):
             return run_packed(x, packed, scale, norm_weight, out_features, eps)
         return packed_linear(x, packed, scale, norm_weight, out_features, eps)
     form = packed_bit_linear_reference if route == "ref" else vectorised.packed_forward
@@ -132,7 +132,7 @@ def _route() -> str:
     return choose.route()
 
 
-def is_plain_inference(x: Tensor) -> bool:
+def is_unobserved(x: Tensor) -> bool:
     """Whether nothing looks on: the call of an operator that is written in Python takes longer than a small product."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
         return False
