@@ -222,7 +222,7 @@ def is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of this module does more than its forward pass."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
+    return bool(module._forward_pre_hooks or module._forward_hooks or _has_any_global_hook())
 
 
 def fuse_activation(module: nn.Module, act: str, *layers: str) -> None:
