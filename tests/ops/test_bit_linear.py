@@ -301,9 +301,18 @@ def test_codes_are_the_references() -> None:
 
 def test_more_inputs_than_sums_are_exact_for() -> None:
     weight = torch.zeros(1, 2**17 + 1)
-    for refused in (lambda: pack_weight(weight), lambda: bit_linear(weight, weight, weight[0])):
-        with pytest.raises(ShapeError, match="The weight has 131073 inputs; expected at most 131072"):
-            refused()
+    packed, scale = torch.zeros(1, 2**17 + 1, dtype=torch.uint8), torch.tensor(1.0)
+    for refused in (
+        lambda: pack_weight(weight),
+        lambda: bit_linear(weight, weight, weight[0]),
+        lambda: packed_bit_linear(weight, packed, scale, weight[0], out_features=1),
+    ):
+        for grad in (True, False):  # through the operator, and past it
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(ShapeError, match="131073 inputs; expected at most 131072"),
+            ):
+                refused()
 
 
 def test_packing_refuses_nan() -> None:
@@ -396,8 +405,9 @@ def test_packed_refused(changes: dict[str, Any], message: str) -> None:
     x, weight, norm_weight = make_inputs().values()
     packed, scale = pack_weight(weight)
     inputs = {"x": x, "packed": packed, "scale": scale, "norm_weight": norm_weight, "out_features": 10}
-    with pytest.raises(ShapeError, match=message):
-        packed_bit_linear(**{**inputs, **changes})
+    for grad in (True, False):  # through the operator, and past it
+        with torch.set_grad_enabled(grad), pytest.raises(ShapeError, match=message):
+            packed_bit_linear(**{**inputs, **changes})
 
 
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:

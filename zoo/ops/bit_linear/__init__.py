@@ -114,12 +114,14 @@ def packed_bit_linear(
         ShapeError: If shapes, dtypes or devices disagree.
         ConfigError: If ``ZOO_BIT_LINEAR`` asks for what does not exist or cannot run on this device.
     """
-    if is_unobserved(x) and cpu.is_ready_for(x, packed, scale, norm_weight) and not choose.forced():
-        return cpu.packed_forward(x, packed, scale, norm_weight, out_features, eps)
+    if (unobserved := is_unobserved(x)) and (
+        out := cpu.at_once(x, packed, scale, norm_weight, out_features, eps)
+    ) is not None:
+        return out
     check_packed(x, packed, scale, norm_weight, out_features)
     route = _route()
     if route == "op":
-        if is_unobserved(x):
+        if unobserved:
             return run_packed(x, packed, scale, norm_weight, out_features, eps)
         return packed_linear(x, packed, scale, norm_weight, out_features, eps)
     form = packed_bit_linear_reference if route == "ref" else vectorised.packed_forward

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -41,6 +42,10 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kAlign = 64;             // activations of a token are padded with zeros to a multiple of this
 constexpr int64_t kBlockBytes = 96 * 1024;  // of packed weights that all tokens meet in turn
 constexpr int kMaxTokens = 4;
+constexpr int64_t kMaxInputs = 1 << 17;  // up to which sums are exact
+// Bytes of packed weights that are asked of memory ahead of their use with one token, when nothing else covers the wait:
+// the processor itself looks no further than the page's end.
+constexpr int64_t kAhead = 3072;
 
 int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlign; }
 
@@ -74,6 +79,8 @@ constexpr Kernels kPortable{"portable C++", 1, {rows_portable<1>}};
 
 #if ZOO_X86
 
+inline void prefetch(const uint8_t* bytes) { _mm_prefetch(reinterpret_cast<const char*>(bytes + kAhead), _MM_HINT_T0); }
+
 // The four sums of four vectors, those of the second and fourth divided by four.
 __attribute__((target("avx2"))) inline void store_sums(__m256i s0, __m256i s1, __m256i s2, __m256i s3, int32_t* sums) {
   const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(s0, s1), _mm256_hadd_epi32(s2, s3));
@@ -99,6 +106,7 @@ __attribute__((target("avx2"))) void rows_avx2(const uint8_t* packed, int64_t co
     for (int token = 0; token < kTokens; ++token)
       for (int i = 0; i < 4; ++i) sum[token][i] = _mm256_setzero_si256();
     const auto add = [&](const uint8_t* bytes, int64_t block) __attribute__((target("avx2"), always_inline)) {
+      if (kTokens == 1) prefetch(packed + block * 32);
       const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
       const __m256i v = _mm256_srli_epi16(w, 4);
       const __m256i c[4] = {_mm256_and_si256(w, low), _mm256_and_si256(w, high), _mm256_and_si256(v, low),
@@ -135,6 +143,7 @@ __attribute__((target("avx2,avxvnni"))) void rows_avx_vnni(const uint8_t* packed
     alignas(32) uint8_t rest[32] = {};
     const uint8_t* bytes = packed + k;
     if (columns - k < 32) bytes = static_cast<const uint8_t*>(std::memcpy(rest, bytes, columns - k));
+    if (kTokens == 1) prefetch(packed + k);
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
     const __m256i v = _mm256_srli_epi16(w, 4);
     const __m256i c[4] = {_mm256_and_si256(w, low), _mm256_and_si256(w, high), _mm256_and_si256(v, low),
@@ -194,6 +203,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512
   int64_t k = 0;
   if (kTokens == 1) {  // into two sums, since a dot product takes as long as four others take to start
     for (; k + 128 <= columns; k += 128) {
+      prefetch(packed + k), prefetch(packed + k + 64);
       first.add(_mm512_loadu_si512(packed + k), _mm512_load_si512(codes + k));
       second.add(_mm512_loadu_si512(packed + k + 64), _mm512_load_si512(codes + k + 64));
     }
@@ -343,14 +353,20 @@ Quantised quantise(const Tensor& x, const Tensor& norm_weight, double eps) {
   return q;
 }
 
-// x [..., columns] float32, packed [R, columns] uint8, norm_weight [columns], and what a weight of 1 is worth, [] float32.
+// Whether x is [..., columns] float32, packed [R, columns] uint8, norm_weight [columns], and scale, what a weight of 1 is
+// worth, one number, both float32.
+bool fits(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& norm_weight, int64_t rows) {
+  for (const Tensor& each : {x, scale, norm_weight})
+    if (!each.is_cpu() || each.scalar_type() != at::kFloat) return false;
+  return packed.is_cpu() && packed.scalar_type() == at::kByte && packed.dim() == 2 && packed.size(0) == (rows + 3) / 4 &&
+         packed.size(1) <= kMaxInputs && scale.numel() == 1 && x.dim() > 0 && x.size(-1) == packed.size(1) && norm_weight.dim() == 1 &&
+         norm_weight.numel() == packed.size(1);
+}
+
 Tensor packed_bit_linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale, const Tensor& norm_weight_,
                          int64_t rows, double eps, int64_t choice) {
   const Kernels& k = kernels(choice);
-  TORCH_CHECK(packed_.dim() == 2 && packed_.size(0) == (rows + 3) / 4 && scale.numel() == 1 && scale.is_cpu() &&
-                  packed_.is_cpu() && norm_weight_.is_cpu() && x_.dim() > 0 && x_.size(-1) == packed_.size(1) &&
-                  norm_weight_.numel() == packed_.size(1),
-              "packed_bit_linear: the tensors do not fit ", rows, " outputs");
+  TORCH_CHECK(fits(x_, packed_, scale, norm_weight_, rows), "packed_bit_linear: the tensors do not fit ", rows, " outputs");
   const Tensor x = x_.contiguous(), packed = packed_.contiguous(), norm_weight = norm_weight_.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = rows;
@@ -365,6 +381,16 @@ Tensor packed_bit_linear(const Tensor& x_, const Tensor& packed_, const Tensor& 
              target[token * rows + row] = float(sum - q.sum[token]) * (q.step[token] * unit);
            });
   return out;
+}
+
+// The same, or nothing where tensors must be cast or refused, or the environment asks for an implementation: what decides
+// that in Python takes longer than a third of a small product.
+OptionalTensor packed_bit_linear_at_once(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                         const Tensor& norm_weight, int64_t rows, double eps) {
+  const char* forced = std::getenv("ZOO_BIT_LINEAR");
+  if ((forced && *forced) || !fits(x, packed, scale, norm_weight, rows))
+    return std::nullopt;
+  return packed_bit_linear(x, packed, scale, norm_weight, rows, eps, 0);
 }
 
 // x / sqrt(mean(x^2) + eps) * weight over the last dimension, contiguous float32: bit by bit as torch's rms_norm, since a
@@ -484,6 +510,9 @@ TORCH_LIBRARY_FRAGMENT(zoo_cpu, library) {
       "packed_bit_linear(Tensor x, Tensor packed, Tensor scale, Tensor norm_weight, int rows, float eps, int kernels=0) "
       "-> Tensor",
       &packed_bit_linear);
+  library.def(
+      "packed_bit_linear_at_once(Tensor x, Tensor packed, Tensor scale, Tensor norm_weight, int rows, float eps) -> Tensor?",
+      &packed_bit_linear_at_once);
   library.def(
       "matmulfree_step(Tensor x, Tensor state, Tensor? floor, Tensor[] layers, Tensor[] norms, float norm_eps, "
       "float layer_eps) -> (Tensor, Tensor)",

@@ -17,15 +17,13 @@ def kernels() -> list[str]:
     return torch.ops.zoo_cpu.bit_linear_kernels()
 
 
-def is_ready_for(x: Tensor, packed: Tensor, scale: Tensor, norm_weight: Tensor) -> bool:
-    """Whether :func:`packed_forward` takes these at once: the kernel is built, nothing need be cast."""
-    return (
-        EXTENSION.ready
-        and x.is_cpu
-        and x.dtype is norm_weight.dtype is scale.dtype is torch.float32
-        and packed.dtype is torch.uint8
-        and x.shape[-1:] == norm_weight.shape == packed.shape[1:]
-    )
+def at_once(
+    x: Tensor, packed: Tensor, scale: Tensor, norm_weight: Tensor, out_features: int, eps: float
+) -> Tensor | None:
+    """:func:`packed_forward` where nothing need be built, cast, refused or chosen; None elsewhere."""
+    if not EXTENSION.ready:
+        return None
+    return torch.ops.zoo_cpu.packed_bit_linear_at_once.default(x, packed, scale, norm_weight, out_features, eps)
 
 
 def forward(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float) -> Tensor:
