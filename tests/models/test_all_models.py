@@ -42,6 +42,15 @@ def test_logits_are_pooled_features_through_the_head(name: str) -> None:
         assert torch.equal(model.forward_head(features), logits)
 
 
+def test_no_images_have_no_logits(name: str) -> None:
+    model = zoo.create_model(name, num_classes=7).eval()
+    with torch.no_grad():
+        assert model(images(0)).shape == (0, 7)
+        maps = model.forward_intermediates(images(0), intermediates_only=True)
+        assert [m.shape[:2] for m in maps] == [(0, info["num_chs"]) for info in model.feature_info]
+        assert model.fuse()(images(0)).shape == (0, 7)
+
+
 def test_backward_reaches_every_parameter(name: str, randomise: Callable) -> None:
     model = randomise(zoo.create_model(name, num_classes=7)).train()
     model(images()).square().mean().backward()

@@ -185,12 +185,12 @@ class Attention(MapAttention):
         self.init_attention_bias(num_heads, map_hw)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, _ = x.shape
-        qkv = self.qkv(x).view(B, H * W, self.num_heads, -1).transpose(1, 2)  # [B, heads, N, 2 * key_dim + value_dim]
+        H, W = x.shape[1:3]
+        qkv = self.qkv(x).flatten(1, 2).unflatten(2, [self.num_heads, -1]).transpose(1, 2)  # [B, heads, N, q + k + v]
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         attention = q @ k.transpose(-2, -1) * self.scale + self.attention_bias_at(H, W)
         x = attention.softmax(dim=-1) @ v  # [B, heads, N, value_dim]
-        return self.proj(x.transpose(1, 2).reshape(B, H, W, -1))
+        return self.proj(x.transpose(1, 2).flatten(2).unflatten(1, [H, W]))
 
 
 class Block3d(nn.Module):

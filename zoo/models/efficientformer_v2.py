@@ -95,6 +95,11 @@ class ConvMlp(nn.Sequential):
         return nn.Sequential(self.fc1, self.act1, self.mid, self.act2, self.fc2)
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Positions in a row and channels by head: ``[B, heads * K, H, W] -> [B, heads, K, N]``."""
+    return x.flatten(2).unflatten(1, [num_heads, -1])
+
+
 class Attention2d(MapAttention):
     """Attention over the whole map with talking heads and value locality: ``[B, dim, H, W] -> [B, dim, H, W]``.
 
@@ -134,15 +139,15 @@ class Attention2d(MapAttention):
         H, W = x.shape[2:]
         if self.stride_conv is not None:
             x = self.stride_conv(x)
-        B, _, h, w = x.shape
-        q = self.q(x).reshape(B, self.num_heads, -1, h * w)
-        k = self.k(x).reshape(B, self.num_heads, -1, h * w)
+        h, w = x.shape[2:]
+        q = split_heads(self.q(x), self.num_heads)
+        k = split_heads(self.k(x), self.num_heads)
         v = self.v(x)
         local = self.v_local(v)
-        v = v.reshape(B, self.num_heads, -1, h * w)
+        v = split_heads(v, self.num_heads)
         attention = q.transpose(-2, -1) @ k * self.scale + self.attention_bias_at(h, w)  # [B, heads, N, N]
         attention = self.talking_head2(self.talking_head1(attention).softmax(dim=-1))
-        x = (v @ attention.transpose(-2, -1)).reshape(B, -1, h, w) + local
+        x = (v @ attention.transpose(-2, -1)).reshape(local.shape) + local
         if self.upsample is not None:
             x = self.upsample(x)[:, :, :H, :W]
         return self.proj(self.act(x))
@@ -187,14 +192,14 @@ class FusedAttention2d(MapAttention):
         H, W = x.shape[2:]
         if self.stride_conv is not None:
             x = self.stride_conv(x)
-        B, _, h, w = x.shape
-        q, k = self.qk(x).reshape(B, 2, self.num_heads, -1, h * w).unbind(1)
+        h, w = x.shape[2:]
+        q, k = split_heads(self.qk(x), 2 * self.num_heads).chunk(2, dim=1)
         x = self.v(x)
         local = self.v_local(x)
-        v = x.reshape(B, self.num_heads, -1, h * w).transpose(-2, -1)
+        v = split_heads(x, self.num_heads).transpose(-2, -1)
         attention = self.talking_head1(q.transpose(-2, -1) @ k) + self.attention_bias_at(h, w)
         x = self.talking_head2(attention.softmax(dim=-1)) @ v  # [B, heads, N, value_dim]
-        x = x.transpose(1, 2).reshape(B, h, w, -1).permute(0, 3, 1, 2) + local
+        x = x.transpose(1, 2).flatten(2).unflatten(1, [h, w]).permute(0, 3, 1, 2) + local
         if self.upsample is not None:
             x = self.upsample(x)[:, :, :H, :W]
         return self.proj(self.act(x))
@@ -245,13 +250,13 @@ class Attention2dDownsample(MapAttention):
         self.init_attention_bias(num_heads, map_hw, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, _, H, W = x.shape
-        q = self.q(x).reshape(B, self.num_heads, -1, (H + 1) // 2 * ((W + 1) // 2))
-        k = self.k(x).reshape(B, self.num_heads, -1, H * W)
+        q = split_heads(self.q(x), self.num_heads)
+        k = split_heads(self.k(x), self.num_heads)
         v = self.v(x)
         local = self.v_local(v)
-        v = v.reshape(B, self.num_heads, -1, H * W)
-        attention = q.transpose(-2, -1) @ k * self.scale + self.attention_bias_at(H, W)  # [B, heads, Nq, N]
+        v = split_heads(v, self.num_heads)
+        bias = self.attention_bias_at(x.shape[2], x.shape[3])
+        attention = q.transpose(-2, -1) @ k * self.scale + bias  # [B, heads, Nq, N]
         x = (v @ attention.softmax(dim=-1).transpose(-2, -1)).reshape(local.shape) + local
         return self.proj(self.act(x))
 

@@ -89,7 +89,7 @@ class AtrousScan(nn.Module):
         nn.init.ones_(self.D)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, _, H, W = x.shape
+        H, W = x.shape[2:]
         S = self.step
         if H % S or W % S:
             x = F.pad(x, (0, W % S, 0, H % S))
@@ -107,7 +107,7 @@ class AtrousScan(nn.Module):
         else:
             y = selective_scan(u, dt, a, b, c, self.D, delta_bias=bias, delta_softplus=True)
 
-        y = y.view(B, S, S, -1, h * w)  # [B, column parity, row parity, D, L]
+        y = y.unflatten(1, [S, S, -1])  # [B, column parity, row parity, D, L]
         by_row = y[:, :, 0].unflatten(3, [h, w]).permute(0, 3, 4, 1, 2)
         by_column = y[:, :, 1].unflatten(3, [w, h]).permute(0, 4, 3, 1, 2)
         y = torch.stack((by_row, by_column), 2)  # [B, h, row parity, w, column parity, D]
