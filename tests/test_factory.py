@@ -1,6 +1,7 @@
 """zoo.create_model and zoo.build: every option, with timm's own model as the oracle."""
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +110,7 @@ def test_overrides_reach_the_config_and_none_is_dropped() -> None:
         (M0, {"img_size": 16}, ConfigError, "img_size is 16"),
         (M0, {"pretrained": True, "checkpoint": "a.safetensors"}, ConfigError, "expected one source of weights"),
         (M0, {"out_indices": (0, 1)}, ConfigError, "needs features_only=True"),
-        (M0, {"features_only": True, "out_indices": (0, 3)}, ConfigError, r"out_indices has 3; expected -3 to 2"),
-        (M0, {"features_only": True, "out_indices": 4}, ConfigError, "expected 1 to 3"),
+        ("matmulfree_370m", {"features_only": True}, ConfigError, "for image models; matmulfree_370m reads text"),
     ],
 )
 def test_mistakes_are_named(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -275,6 +275,38 @@ def test_features_only(out_indices: Any, levels: list[int], file: Path, images: 
     assert net.feature_info.reduction() == [(16, 32, 64)[level] for level in levels]
     assert "classifier" not in net.pretrained_cfg
     assert net.default_cfg["input_size"] == (3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    "out_indices, message",
+    [
+        ((0, 3), r"out_indices has 3; expected -3 to 2 \(3 feature levels\), nearest 2\.$"),
+        ([-4], r"out_indices has -4; expected -3 to 2 .*, nearest -3\.$"),
+        (4, r"out_indices=4 asks for the last 4 levels; expected 1 to 3, nearest 3\.$"),
+        (0, r"expected 1 to 3, nearest 1\.$"),
+        ((1, -2), r"out_indices is \(1, -2\), which names level 1 twice; expected each level once\.$"),
+        *[
+            (nothing, rf"out_indices is {re.escape(repr(nothing))}; expected .* a list of levels from -3 to 2\.$")
+            for nothing in ((), "01", (0.5,), 1.0, True, (True,))
+        ],
+    ],
+)
+def test_feature_levels_are_checked_before_anything_is_built(
+    out_indices: Any, message: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.factory.build", lambda *_, **__: pytest.fail("it was built"))
+    for checkpoint in (None, file):
+        with pytest.raises(ConfigError, match=message) as raised:
+            zoo.create_model(M0, checkpoint=checkpoint, features_only=True, out_indices=out_indices)
+        assert "\n" not in str(raised.value)
+
+
+def test_feature_levels_follow_the_config() -> None:
+    two_stages: dict[str, Any] = {"widths": (48, 96), "depths": (1, 1)}
+    options: dict[str, Any] = two_stages | {"features_only": True}
+    assert zoo.create_model("efficientvmamba_t", out_indices=[-1], **options).feature_info.channels() == [96]
+    with pytest.raises(ConfigError, match="expected -2 to 1"):
+        zoo.create_model("efficientvmamba_t", out_indices=[2], **options)
 
 
 def test_features_only_has_no_classifier(caplog: pytest.LogCaptureFixture) -> None:

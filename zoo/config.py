@@ -36,6 +36,11 @@ def scale_part(part: int, whole: int, new_whole: int) -> int:
     return min(new_whole, max(min(1, part), round(part * new_whole / whole)))
 
 
+def last_of_each_size(strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The stages after which the map gets smaller, and the last one, from the stride of each stage."""
+    return tuple(i for i, following in enumerate((*strides[1:], 2)) if following > 1)
+
+
 def _freeze(value: Any) -> Any:
     return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
 
@@ -183,6 +188,11 @@ class ImageConfig(ModelConfig):
     def min_input_side(self) -> int:
         """The smallest side in pixels that the network can stride down; families with a deeper stem raise it."""
         return 32
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The stages whose outputs are the feature levels, in order: all, where a family does not say otherwise."""
+        return tuple(range(len(self.widths)))  # type: ignore[attr-defined]  # of every family, one entry per stage
 
     def validate(self) -> None:
         super().validate()

@@ -127,8 +127,11 @@ def create_model(
     if in_chans != 3:  # the default leaves weights for other inputs as they are
         overrides["in_chans"] = in_chans
     if features_only:
+        if not isinstance(config, ImageConfig):
+            raise ConfigError(f"features_only=True is for image models; {variant} reads text: expected False.")
         overrides |= {"num_classes": 0, "global_pool": ""}
     config = config.override(**{field: value for field, value in overrides.items() if value is not None})
+    levels = _feature_levels(config, out_indices) if features_only else []
 
     source = None
     if checkpoint is not None:
@@ -144,7 +147,7 @@ def create_model(
         # A user may write to a file of their own while the model is in use; nobody writes to one of a cache.
         kept = checkpoint is None and weights is not None and bool(weights.hub or weights.url or not outside)
         _fill(model, source, variant, device, mapped=kept)
-    return _feature_net(model, out_indices) if features_only else model
+    return _feature_net(model, levels) if features_only else model
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
@@ -180,12 +183,18 @@ def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device
     assert not stranded, f"{family.name} must create {stranded} on the CPU when it is built on the meta device"
 
 
-def _feature_net(model: Any, out_indices: int | Sequence[int] | None) -> nn.Module:
+def _feature_levels(config: ModelConfig, out_indices: int | Sequence[int] | None) -> list[int]:
+    """The feature levels asked for, in order, from 0; refused where the network of this config would not have them."""
     from zoo.models._backbone import take_indices
+
+    assert isinstance(config, ImageConfig)
+    return sorted(take_indices(len(config.taps), out_indices))
+
+
+def _feature_net(model: Any, levels: list[int]) -> nn.Module:
     from zoo.models._features import FeatureNet
 
-    chosen = out_indices if out_indices is None or isinstance(out_indices, int) else list(out_indices)
-    net: Any = FeatureNet(model, sorted(take_indices(len(model.feature_info), chosen)))
+    net: Any = FeatureNet(model, levels)
     head = ("num_classes", "classifier", "label_names")
     net.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in head}
     net.default_cfg = net.pretrained_cfg

@@ -4,7 +4,9 @@ A family's model sets up its stem, ``stages`` and head and calls :meth:`Backbone
 expect of a model (``timm/tests/test_models.py`` is the contract) is here, once.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +52,6 @@ class Backbone(nn.Module):
         *,
         widths: tuple[int, ...],
         reductions: tuple[int, ...],
-        taps: tuple[int, ...] | None = None,
         num_features: int | None = None,
         head_hidden_size: int | None = None,
     ) -> None:
@@ -59,7 +60,6 @@ class Backbone(nn.Module):
         Args:
             config: The config.
             widths, reductions: Channels and stride of each feature level.
-            taps: The stage that each level is the output of; None when every stage is a level.
             num_features: Channels of ``forward_features`` where they are not the last level's.
             head_hidden_size: Channels that the classifier sees where they are not those.
         """
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         self.num_classes = config.num_classes
         self.drop_rate = config.drop_rate
         self.grad_checkpointing = False
-        self.taps = tuple(range(len(widths))) if taps is None else taps
+        self.taps = config.taps
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": reduction, "module": f"{self.stages_name}.{stage}"}
             for stage, width, reduction in zip(self.taps, widths, reductions, strict=True)
@@ -285,19 +285,43 @@ class Backbone(nn.Module):
         """Fuse, in place, what the model keeps outside its submodules; nothing by default."""
 
 
-def take_indices(count: int, indices: int | list[int] | tuple[int, ...] | None) -> list[int]:
+def take_indices(count: int, indices: int | Collection[int] | None) -> list[int]:
     """Feature levels to take out of ``count``: the last n for an int, all for None, negative ones from the end.
 
     Raises:
-        ConfigError: If a level is out of range.
+        ConfigError: If that is neither, or a level is out of range or named twice.
     """
     if indices is None:
         return list(range(count))
-    if isinstance(indices, int):
+    if _is_whole(indices):
         if not 0 < indices <= count:
-            raise ConfigError(f"out_indices={indices} asks for the last {indices} levels; expected 1 to {count}.")
+            raise ConfigError(
+                f"out_indices={indices} asks for the last {indices} levels; expected 1 to {count}, "
+                f"nearest {min(max(indices, 1), count)}."
+            )
         return list(range(count - indices, count))
+    if (
+        isinstance(indices, str)
+        or not isinstance(indices, Collection)
+        or not indices
+        or not all(map(_is_whole, indices))
+    ):
+        raise ConfigError(
+            f"out_indices is {indices!r}; expected how many of the last levels, or a list of levels from "
+            f"{-count} to {count - 1}."
+        )
     for index in indices:
         if not -count <= index < count:
-            raise ConfigError(f"out_indices has {index}; expected {-count} to {count - 1} ({count} feature levels).")
-    return [index % count for index in indices]
+            raise ConfigError(
+                f"out_indices has {index}; expected {-count} to {count - 1} ({count} feature levels), "
+                f"nearest {min(max(index, -count), count - 1)}."
+            )
+    chosen = [index % count for index in indices]
+    for level in chosen:
+        if chosen.count(level) > 1:
+            raise ConfigError(f"out_indices is {indices!r}, which names level {level} twice; expected each level once.")
+    return chosen
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.config import ImageConfig, axis
+from zoo.config import ImageConfig, axis, last_of_each_size
 from zoo.errors import ConfigError, nearest
 from zoo.layers import ConvNorm, alike, drop_path_rates, make_divisible
 from zoo.models import efficientformer, efficientmod, efficientnet, efficientvmamba, lowformer, regnet
@@ -43,6 +43,10 @@ class AnyNetConfig(ImageConfig):
     @property
     def min_input_side(self) -> int:
         return max(32, 2 * math.prod(self.strides))
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return last_of_each_size(self.strides)
 
     def validate(self) -> None:
         super().validate()
@@ -192,12 +196,10 @@ class AnyNet(Backbone):
             reductions.append(reduction)
         self.norm = nn.Sequential(ConvNorm(dim, config.head_width), nn.SiLU()) if config.head_width else nn.Identity()
         self.drop = nn.Dropout(config.drop_rate)
-        taps = tuple(i for i in range(len(reductions)) if reductions[i : i + 2] != [reductions[i]] * 2)
         self.finish(
             config,
-            widths=tuple(config.widths[i] for i in taps),
-            reductions=tuple(reductions[i] for i in taps),
-            taps=taps,
+            widths=tuple(config.widths[i] for i in config.taps),
+            reductions=tuple(reductions[i] for i in config.taps),
             num_features=config.head_width or dim,
         )
 

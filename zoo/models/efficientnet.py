@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zoo.config import ImageConfig, axis
+from zoo.config import ImageConfig, axis, last_of_each_size
 from zoo.errors import ConfigError
 from zoo.layers import DropPath, FusedSqueezeExcite, alike, drop_path_rates, fuse_activation, fuse_pairs, make_divisible
 from zoo.models._backbone import Backbone
@@ -39,6 +39,10 @@ class EfficientNetConfig(ImageConfig):
     @property
     def min_input_side(self) -> int:
         return 2 * math.prod(self.strides)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return last_of_each_size(self.strides)
 
     def validate(self) -> None:
         super().validate()
@@ -188,12 +192,10 @@ class EfficientNet(Backbone):
         self.bn2 = nn.BatchNorm2d(config.head_width)
         self.act2 = nn.SiLU(inplace=True)
         self.drop = nn.Dropout(config.drop_rate)
-        taps = tuple(i for i in range(len(reductions)) if reductions[i : i + 2] != [reductions[i]] * 2)
         self.finish(
             config,
-            widths=tuple(config.widths[i] for i in taps),
-            reductions=tuple(reductions[i] for i in taps),
-            taps=taps,
+            widths=tuple(config.widths[i] for i in config.taps),
+            reductions=tuple(reductions[i] for i in config.taps),
             num_features=config.head_width,
         )
         self.reset_parameters()
