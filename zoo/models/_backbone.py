@@ -4,12 +4,14 @@ A family's model sets up its stem, ``stages`` and head and calls :meth:`Backbone
 expect of a model (``timm/tests/test_models.py`` is the contract) is here, once.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from zoo.config import ImageConfig
@@ -114,7 +116,7 @@ class Backbone(nn.Module):
         x = self.forward_stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for stage in getattr(self, self.stages_name):
-                x = checkpoint(stage, x, use_reentrant=False)
+                x = recomputed(stage, x)
         else:
             x = self.forward_stages(x)
         return self.forward_final(x)
@@ -160,7 +162,7 @@ class Backbone(nn.Module):
         for i, stage in enumerate(stages):
             if stop_early and i > max(chosen):
                 return intermediates if intermediates_only else (x, intermediates)
-            x = checkpoint(stage, x, use_reentrant=False) if self.grad_checkpointing else stage(x)
+            x = recomputed(stage, x) if self.grad_checkpointing else stage(x)
             if i in chosen:
                 intermediates.append(self.norm(x) if norm and i == last else x)
         if intermediates_only:
@@ -283,6 +285,27 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def fuse_ends(self) -> None:
         """Fuse, in place, what the model keeps outside its submodules; nothing by default."""
+
+
+def recomputed(stage: nn.Module, x: Tensor) -> Tensor:
+    """A stage whose activations are computed again in the backward pass; its batch norms count a batch once."""
+    if torch.compiler.is_compiling():  # which takes no contexts, and repeats no update
+        return checkpoint(stage, x, use_reentrant=False)
+    return checkpoint(stage, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _uncounted(stage)))
+
+
+@contextmanager
+def _uncounted(stage: nn.Module) -> Iterator[None]:
+    """Batch norms normalise as they did, and leave what they know of earlier batches alone."""
+    norms: list[Any] = [m for m in stage.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    counted = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:  # a part of 0 of the batch is added; without statistics, other tensors would be saved
+            norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, counted, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def take_indices(count: int, indices: int | Collection[int] | None) -> list[int]:
