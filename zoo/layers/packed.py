@@ -16,8 +16,10 @@ from zoo.layers.linear import PointLinear
 
 # Calling oneDNN costs 10 to 30 microseconds more than calling BLAS, and gives more speed. That pays from about this
 # many multiply-accumulates on; from half as many for a linear layer with an activation, which then takes no pass of its
-# own; and from this many numbers in the weight of a linear layer, however few the rows.
+# own; and from this many numbers in the weight of a linear layer, however few the rows. With AVX2 alone, oneDNN is no
+# faster than BLAS at matrix products that leave BLAS little to rearrange, and pays later.
 _MIN_MACS = 2e6
+_MIN_LINEAR_MACS = 2.5e7 if torch.backends.cpu.get_cpu_capability() == "AVX2" else _MIN_MACS
 _MIN_LINEAR_NUMEL = 2**18
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.Hardswish: "hardswish", nn.SiLU: "swish"}  # oneDNN's names
@@ -148,11 +150,11 @@ class PackedConv2d(nn.Conv2d):
 class PackedLinear(nn.Linear):
     """A linear layer and an activation, ``[..., Cin] -> [..., Cout]``; see :class:`PackedConv2d`.
 
-    Small products are left to BLAS, and nothing is packed.
+    Small products are left to BLAS, on a copy of the weight by columns, which it takes without rearranging it.
     """
 
     act: str = "none"
-    _packed: Any = None  # (address of the weight, its version, rows of the input, packed or None, the weight)
+    _packed: Any = None  # (address of the weight, its version, rows of the input, whether by oneDNN, copy, the weight)
 
     @classmethod
     def of(cls, linear: nn.Linear, act: nn.Module | None = None) -> "PackedLinear":
@@ -183,16 +185,16 @@ class PackedLinear(nn.Linear):
         version = -1 if weight.is_inference() else weight._version
         if found is None or found[:3] != (weight.data_ptr(), version, rows):
             held = weight.detach()
-            pays = rows * held.numel() >= (_MIN_MACS if self.act == "none" else _MIN_MACS / 2)
+            pays = rows * held.numel() >= (_MIN_LINEAR_MACS if self.act == "none" else _MIN_LINEAR_MACS / 2)
             pays = pays or held.numel() >= _MIN_LINEAR_NUMEL
-            packed = _reorder_linear(held, rows) if pays else None
-            found = self._packed = (held.data_ptr(), version, rows, packed, held)
+            copy = _reorder_linear(held, rows) if pays else held.t().contiguous().t()
+            found = self._packed = (held.data_ptr(), version, rows, pays, copy, held)
         bias = self._parameters["bias"]
-        if found[3] is None:
-            y = F.linear(input, weight, bias)
+        if not found[3]:
+            y = F.linear(input, found[4], bias)
             return y if self.act == "none" else _ACTIVATE_IN_PLACE[self.act](y)
         algorithm = "none" if self.act == "gelu" else ""
-        return _onednn_linear(input, found[3], bias, self.act, (), algorithm)
+        return _onednn_linear(input, found[4], bias, self.act, (), algorithm)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"
