@@ -24,7 +24,7 @@ def test_tables_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_family_is_in_the_notice_and_every_path_in_the_readme_exists() -> None:
-    from zoo.models import MODULES
+    from zoo.families import MODULES
     from zoo.registry import get_family
 
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")

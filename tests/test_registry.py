@@ -12,7 +12,8 @@ import torch
 
 import zoo
 from zoo import registry
-from zoo.models.efficientvit import EfficientViT, EfficientViTConfig
+from zoo.families.efficientvit import EfficientViTConfig
+from zoo.models.efficientvit import EfficientViT
 from zoo.registry import Family
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoo.errors import ConfigError
-from zoo.models.anynet import BLOCKS, AnyNetConfig
+from zoo.families.anynet import BLOCKS, AnyNetConfig
 from zoo.pretrained.source import overrides_of
 
 __all__ = ["BLOCKS", "AnyNetConfig", "Stage", "anynet", "overrides"]

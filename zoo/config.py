@@ -31,6 +31,12 @@ def axis(dimension: str, default: Any, *, multiple_of: int = 1) -> Any:
     return field(default=default, metadata={"axis": Axis(dimension, multiple_of)})
 
 
+def make_divisible(value: float, divisor: int = 8, *, round_limit: float = 0.9) -> int:
+    """Round to the nearest multiple of ``divisor``, never below ``round_limit`` of the value (MobileNet's rule)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < round_limit * value else rounded
+
+
 def scale_part(part: int, whole: int, new_whole: int) -> int:
     """How many of ``new_whole`` blocks are of a kind of which there were ``part`` in ``whole``: none stays none."""
     return min(new_whole, max(min(1, part), round(part * new_whole / whole)))
@@ -65,7 +71,8 @@ def _conforms(value: Any, annotation: Any) -> bool:
 
 
 @functools.cache
-def _type_hints(kind: Any) -> dict[str, Any]:
+def type_hints(kind: Any) -> dict[str, Any]:
+    """The types of a class's fields by name, worked out once."""
     return typing.get_type_hints(kind)
 
 
@@ -85,7 +92,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         kind: Any = type(self)  # a frozen dataclass hashes by value, its class as any class does
-        hints = _type_hints(kind)
+        hints = type_hints(kind)
         for spec in fields(self):
             value = _freeze(getattr(self, spec.name))
             if not _conforms(value, hints[spec.name]):

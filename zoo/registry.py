@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoo.config import ModelConfig
 from zoo.errors import ConfigError, UnknownModelError, WeightsError, nearest
-from zoo.models import MODULES
+from zoo.families import MODULES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,8 @@ class Family:
     Args:
         name: The family's name, also the stem of its weights manifest and converter.
         config: The config dataclass.
-        model: The module class; ``model(config)`` builds it, on the meta device too.
+        model: The module class; ``model(config)`` builds it, on the meta device too. Or where it is, as
+            ``"module:name"``: it is then imported when it is first asked for, so that configs need no torch.
         title: The name as its authors write it.
         paper: Where it is described, for example ``"arXiv:2305.07027"``.
         code: The original repository and commit.
@@ -47,7 +48,7 @@ class Family:
         name: str,
         *,
         config: type[ModelConfig],
-        model: "Callable[[Any], nn.Module]",
+        model: "Callable[[Any], nn.Module] | str",
         title: str,
         paper: str,
         code: str,
@@ -61,7 +62,7 @@ class Family:
     ) -> None:
         self.name = name
         self.config = config
-        self.model = model
+        self._model = model
         self.title = title
         self.paper = paper
         self.code = code
@@ -78,6 +79,14 @@ class Family:
         """Decorator: registers a function that returns a config; its name is the variant's name."""
         self.variants[function.__name__] = function
         return function
+
+    @property
+    def model(self) -> "Callable[[Any], nn.Module]":
+        """What builds the network from a config; its module loads now if it never did."""
+        if isinstance(self._model, str):
+            module, _, name = self._model.partition(":")
+            return getattr(import_module(module), name)
+        return self._model
 
     def __repr__(self) -> str:
         return f"Family({self.name!r}, {len(self.variants)} variants)"

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 import zoo
 import zoo.integrations.timm
 from zoo import registry
+from zoo.families.efficientvit import EfficientViTConfig
 from zoo.integrations.timm import register
-from zoo.models.efficientvit import EfficientViT, EfficientViTConfig
+from zoo.models.efficientvit import EfficientViT
 from zoo.pretrained.convert import to_authors
 from zoo.registry import Family
 

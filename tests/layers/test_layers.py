@@ -10,6 +10,7 @@ from timm.layers import resize_rel_pos_bias_table_levit
 from torch import nn
 from torch.testing import assert_close
 
+from zoo.config import make_divisible
 from zoo.layers import (
     AttentionBias,
     ConvNorm,
@@ -19,7 +20,6 @@ from zoo.layers import (
     SqueezeExcite,
     drop_path_rates,
     fuse_batch_norm,
-    make_divisible,
     resize_bias_table,
 )
 from zoo.layers.attention_bias import offset_index

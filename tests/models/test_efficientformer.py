@@ -16,7 +16,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import zoo
-from zoo.models.efficientformer import Block3d, EfficientFormerConfig, ToTokens
+from zoo.families.efficientformer import EfficientFormerConfig
+from zoo.models.efficientformer import Block3d, ToTokens
 from zoo.pretrained.convert import convert_state_dict
 
 MODELS = zoo.list_models("efficientformer_*")

@@ -12,7 +12,8 @@ from timm.layers import resize_rel_pos_bias_table_levit
 from torch.testing import assert_close
 
 import zoo
-from zoo.models.efficientformer_v2 import Attention2d, EfficientFormerV2Config
+from zoo.families.efficientformer_v2 import EfficientFormerV2Config
+from zoo.models.efficientformer_v2 import Attention2d
 from zoo.pretrained.convert import convert_state_dict
 
 MODELS = ["efficientformerv2_s0", "efficientformerv2_s1", "efficientformerv2_s2", "efficientformerv2_l"]

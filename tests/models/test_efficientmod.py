@@ -13,7 +13,8 @@ from torch.testing import assert_close
 import zoo
 import zoo.layers
 from zoo.analysis.counts import count
-from zoo.models.efficientmod import AttentionBlock, EfficientModConfig, ModulationBlock, ModulationMlp
+from zoo.families.efficientmod import EfficientModConfig
+from zoo.models.efficientmod import AttentionBlock, ModulationBlock, ModulationMlp
 from zoo.pretrained.convert import convert_state_dict
 
 MODELS = zoo.list_models("efficientmod_*")

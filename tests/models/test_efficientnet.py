@@ -10,7 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import zoo
-from zoo.models.efficientnet import DepthwiseSeparable, EfficientNetConfig, InvertedResidual, compound
+from zoo.families.efficientnet import EfficientNetConfig, compound
+from zoo.models.efficientnet import DepthwiseSeparable, InvertedResidual
 
 MODELS = zoo.list_models("efficientnet_b*")
 

@@ -12,7 +12,8 @@ from timm.models.efficientvit_msra import checkpoint_filter_fn
 from torch.testing import assert_close
 
 import zoo
-from zoo.models.efficientvit import EfficientViTConfig, LocalWindowAttention
+from zoo.families.efficientvit import EfficientViTConfig
+from zoo.models.efficientvit import LocalWindowAttention
 
 MODELS = zoo.list_models("efficientvit_m*")
 

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.analysis.counts import count
-from zoo.models.efficientvmamba import AtrousScan, EfficientVMambaConfig, InvertedResidual, PatchMerging, ScanBlock
+from zoo.families.efficientvmamba import EfficientVMambaConfig
+from zoo.models.efficientvmamba import AtrousScan, InvertedResidual, PatchMerging, ScanBlock
 from zoo.ops.selective_scan import selective_scan_reference
 from zoo.pretrained.convert import convert_file, convert_state_dict, to_authors
 

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.analysis.counts import count
-from zoo.models.lowformer import ConvAttention, LowFormerConfig, MBConv
+from zoo.families.lowformer import LowFormerConfig
+from zoo.models.lowformer import ConvAttention, MBConv
 from zoo.pretrained.convert import convert_state_dict, to_authors
 
 MODELS = zoo.list_models("lowformer_*")

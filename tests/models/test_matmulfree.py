@@ -13,8 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import zoo
+from zoo.families.matmulfree import FAMILY, MatMulFreeConfig
 from zoo.layers import pack_bit_linears
-from zoo.models.matmulfree import FAMILY, MatMulFreeConfig
 from zoo.ops.bit_linear import choose, cpu
 from zoo.pretrained.convert import convert_state_dict, to_authors
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import zoo
-from zoo.models.mixture_of_recursions import MixtureOfRecursionsConfig
+from zoo.families.mixture_of_recursions import MixtureOfRecursionsConfig
 from zoo.pretrained.convert import adapt_layout, to_authors
 from zoo.registry import get_family
 from zoo.serve import DepthBatcher

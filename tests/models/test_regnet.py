@@ -7,7 +7,7 @@ from timm.models.regnet import adjust_widths_groups_comp, generate_regnet, model
 from torch import nn
 
 import zoo
-from zoo.models.regnet import FAMILY
+from zoo.families.regnet import FAMILY
 from zoo.scaling import counts_of, fit
 
 

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.errors import WeightsError
+from zoo.families.tinynet import twisted
 from zoo.models.efficientnet import EfficientNet
-from zoo.models.tinynet import twisted
 from zoo.pretrained.convert import convert_state_dict, to_authors
 
 MODELS = zoo.list_models("tinynet_*")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import zoo
+from zoo.axes import group_channels, nearest_multiple
 from zoo.scaling import RULES, ScalingWarning, counts_of, fit, get_rule
-from zoo.scaling.axes import group_channels, nearest_multiple
 from zoo.scaling.rules import fast, language
 
 

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 import zoo
+from zoo.axes import EFFICIENTNET, TINYNET
 from zoo.scaling import Factors, counts_of, fit, resize
-from zoo.scaling.axes import EFFICIENTNET, TINYNET
 
 B0_WIDTHS = (32, 16, 24, 40, 80, 112, 192, 320, 1280)
 B0_DEPTHS = (1, 2, 2, 3, 3, 4, 1)

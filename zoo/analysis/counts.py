@@ -13,7 +13,7 @@ from zoo.analysis.shapes import OperatorCounter, learnable, shapes_only
 from zoo.analysis.trace import by_module, trace
 from zoo.config import ImageConfig, ModelConfig, TextConfig
 from zoo.errors import ConfigError
-from zoo.models import MODULES
+from zoo.families import MODULES
 from zoo.registry import Family, family_of, get_config, get_family, natural_key
 
 INDEX = Path(__file__).parents[1] / "models" / "index.json"

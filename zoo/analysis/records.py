@@ -15,6 +15,7 @@ from typing import Any
 
 from zoo.analysis.benchmark import Passport
 from zoo.atomic import write_atomically
+from zoo.config import type_hints
 from zoo.errors import DataError, nearest
 from zoo.pretrained.files import cache_folder
 from zoo.resources import folder
@@ -60,7 +61,7 @@ def _parse(line: str, place: str) -> Passport:
     for name in values:
         if name not in specs:
             raise DataError(f"{place}: unknown field {name!r}.{nearest(name, specs)}")
-    hints = typing.get_type_hints(Passport)
+    hints = type_hints(Passport)
     for name, value in values.items():
         kinds = typing.get_args(hints[name]) if type(None) in typing.get_args(hints[name]) else (hints[name],)
         if not _fits(value, kinds):

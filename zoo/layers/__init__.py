@@ -11,7 +11,7 @@ from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm2d
 from zoo.layers.packed import PackedConv2d, PackedLinear, fuse_activation, is_hooked, is_plain_inference, pack
 from zoo.layers.pool import GlobalPool
-from zoo.layers.squeeze_excite import FusedSqueezeExcite, SqueezeExcite, make_divisible
+from zoo.layers.squeeze_excite import FusedSqueezeExcite, SqueezeExcite
 from zoo.layers.stage import Stage
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "fuse_pairs",
     "is_hooked",
     "is_plain_inference",
-    "make_divisible",
     "pack",
     "pack_bit_linears",
     "resize_bias_table",

@@ -4,13 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zoo.config import make_divisible
 from zoo.layers.linear import as_linear
-
-
-def make_divisible(value: float, divisor: int = 8, *, round_limit: float = 0.9) -> int:
-    """Round to the nearest multiple of ``divisor``, never below ``round_limit`` of the value (MobileNet's rule)."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < round_limit * value else rounded
 
 
 class SqueezeExcite(nn.Module):

@@ -229,7 +229,8 @@ def causal_lms() -> list[CausalLM]:
     """Those of all known families; loads the modules of zoo's own language models."""
     for name in {entry["family"] for entry in index().values() if entry["task"] == "text-generation"}:
         get_family(name)
-    return [family.model for family in families() if isinstance(family.model, CausalLM)]
+    text = [family for family in families() if family.task == "text-generation"]
+    return [family.model for family in text if isinstance(family.model, CausalLM)]
 
 
 def causal_lm_of(model_type: str) -> CausalLM | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from zoo.models.mixture_of_recursions import MixtureOfRecursionsConfig
+    from zoo.families.mixture_of_recursions import MixtureOfRecursionsConfig
 
 
 def budget_shares(shares: tuple[float, ...], budget: float) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from zoo.models._recursion_cache import RecursionCache
 from zoo.ops.attend_rows import attend_rows
 
 if TYPE_CHECKING:
-    from zoo.models.mixture_of_recursions import MixtureOfRecursionsConfig
+    from zoo.families.mixture_of_recursions import MixtureOfRecursionsConfig
 
 
 class Rope(nn.Module):

@@ -6,14 +6,13 @@ The format is described at the top of ``weights/efficientvit.toml``.
 import dataclasses
 import re
 import tomllib
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from zoo.config import ModelConfig
+from zoo.config import ModelConfig, type_hints
 from zoo.errors import WeightsError, nearest
 from zoo.preprocessing import Preprocessing
 from zoo.registry import families, get_config, is_model, split_name
@@ -226,7 +225,7 @@ def _check_keys(record: type, values: Mapping[str, Any], omit: Iterable[str] = (
     if not isinstance(values, dict):
         raise WeightsError(f"{values!r} is no table.")
     specs = {spec.name: spec for spec in fields(record) if spec.name not in omit}
-    hints = typing.get_type_hints(record)
+    hints = type_hints(record)
     for key, value in values.items():
         if key not in specs:
             raise WeightsError(f"unknown key {key!r}.{nearest(key, specs)}")

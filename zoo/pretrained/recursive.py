@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, nearest
 from zoo.factory import build
-from zoo.models.mixture_of_recursions import Block, MixtureOfRecursions, MixtureOfRecursionsConfig, RelaxedLinear
+from zoo.families.mixture_of_recursions import MixtureOfRecursionsConfig
+from zoo.models.mixture_of_recursions import Block, MixtureOfRecursions, RelaxedLinear
 
 INITS = ("average", "stepwise", "lower", "upper", "random")
 

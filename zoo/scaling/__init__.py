@@ -1,6 +1,6 @@
 """Scaling: a model of the zoo made larger or smaller by a rule from the literature, towards a budget."""
 
-from zoo.scaling.axes import Factors, Rounding, resize
+from zoo.axes import Factors, Rounding, resize
 from zoo.scaling.grow import Growth, grow
 from zoo.scaling.rules import RULES, Rule, get_rule, rules_for
 from zoo.scaling.solver import Fit, ScalingWarning, counts_of, fit, scale

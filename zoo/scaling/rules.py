@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 
+from zoo.axes import EFFICIENTNET, PYCLS, TINYNET, Factors, Rounding, check_factor, dimensions
 from zoo.config import ModelConfig
 from zoo.errors import ConfigError, nearest
-from zoo.scaling.axes import EFFICIENTNET, PYCLS, TINYNET, Factors, Rounding, check_factor, dimensions
 
 _DOLLAR = "Fast and Accurate Model Scaling, arXiv:2103.06877, Section 4"
 

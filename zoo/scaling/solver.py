@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from zoo.analysis.counts import Counts, count
+from zoo.axes import Factors, check_factor, dimensions, resize
 from zoo.config import ModelConfig
 from zoo.errors import ConfigError, nearest
-from zoo.models import MODULES
+from zoo.families import MODULES
 from zoo.registry import config_of, get_config, index
-from zoo.scaling.axes import Factors, check_factor, dimensions, resize
 from zoo.scaling.rules import Rule, compound_base, get_rule, rules_for
 
 TOLERANCE = 0.02  # relative error of a met target

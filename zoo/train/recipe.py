@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from zoo.config import type_hints
 from zoo.errors import RecipeError, require
 from zoo.resources import folder
 
@@ -309,7 +310,7 @@ def resolve(values: Mapping[str, Any], origin: str) -> Recipe:
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     known = {spec.name for spec in fields(cls)}
     arguments: dict[str, Any] = {}
     for key, value in values.items():

@@ -10,9 +10,9 @@ Differs from the original: as EfficientNet here does.
 
 from dataclasses import dataclass
 
-from zoo.models.efficientnet import EfficientNet, EfficientNetConfig
+from zoo.axes import TINYNET, Factors, resize
+from zoo.families.efficientnet import EfficientNetConfig
 from zoo.registry import Family
-from zoo.scaling.axes import TINYNET, Factors, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class TinyNetConfig(EfficientNetConfig):
 FAMILY = Family(
     "tinynet",
     config=TinyNetConfig,
-    model=EfficientNet,
+    model="zoo.models.efficientnet:EfficientNet",
     title="TinyNet",
     paper="arXiv:2010.14819",
     code="github.com/huawei-noah/Efficient-AI-Backbones @ f90e129, tinynet_pytorch",

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from zoo.config import Axis, ModelConfig
+from zoo.config import Axis, ModelConfig, make_divisible
 from zoo.errors import ConfigError
-from zoo.layers import make_divisible
 
 Config = TypeVar("Config", bound=ModelConfig)
 
