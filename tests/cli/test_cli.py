@@ -185,6 +185,41 @@ def test_predict_with_a_bad_model(cli: Callable, run: Path, tmp_path: Path) -> N
 # Training.
 
 
+# A command line that makes no sense is told so as any other mistake is.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train quickstart --resume atuo", "--resume is 'atuo'; expected auto or never. Did you mean: auto?"),
+        ("finetune efficientvit_m0 --data x --resume yes", "--resume is 'yes'; expected auto or never."),
+        (
+            "train quickstart --resme auto",
+            "`zoo train` has no option --resme. Did you mean: --resume? `zoo train --help`",
+        ),
+        ("bench tinynet_e --no-fsue", "`zoo bench` has no option --no-fsue. Did you mean: --no-fuse"),
+        ("train", "Missing argument 'recipe': A TOML file, or the name of a recipe that zoo ships. `zoo train --help`"),
+        ("recipes diff quickstart", "Missing argument 'right': Another one"),
+        ("bench tinynet_e --threads x", "Invalid value for '--threads'"),
+        ("bench tinynet_e --threads 0", "Invalid value for '--threads'"),
+        ("train quickstart --out", "Option '--out' requires an argument."),
+        ("trian quickstart", "No such command 'trian'."),
+        ("recipes shwo", "No such command 'shwo'."),
+        ("recipes diff a b c", "Got unexpected extra argument"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense(cli: Callable, arguments: str, line: str) -> None:
+    answer = cli(*arguments.split())
+    assert_one_line(answer, line)
+    assert answer.out == ""
+
+
+def test_without_a_verb_the_help_is_all_there_is(cli: Callable) -> None:
+    answer = cli("recipes")
+    assert "Usage: zoo recipes" in answer.out + answer.err
+    assert "zoo: " not in answer.err
+
+
 @pytest.mark.parametrize("verb", ["train", "finetune"])
 def test_show_prints_the_recipe_that_would_run(cli: Callable, tmp_path: Path, verb: str) -> None:
     changes = ("optim.lr=0.25", "data.root=/some place", "augment.scale=[0.5, 1]")

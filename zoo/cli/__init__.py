@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Any
 
 import typer
 
@@ -26,7 +27,9 @@ from zoo.cli import (
     scale,
     weights,
 )
-from zoo.errors import ZooError
+from zoo.errors import ZooError, nearest
+
+_UsageError: Any = typer.BadParameter.__base__  # of what typer refuses, BadParameter is the one kind that it exports
 
 app = typer.Typer(
     name="zoo",
@@ -71,17 +74,38 @@ def _options(
     """Options of the command itself; typer prints the help that ``app`` was given."""
 
 
+def _usage_line(error: Any) -> str:
+    """What typer found wrong with the command line, and what was expected; nothing if it has shown the help instead."""
+    said, command = error.format_message().removesuffix("."), error.ctx.command_path if error.ctx else "zoo"
+    if not said:
+        return ""
+    if hasattr(error, "possibilities"):
+        options = [name for each in error.ctx.command.get_params(error.ctx) for name in each.opts + each.secondary_opts]
+        said = f"`{command}` has no option {error.option_name}.{nearest(error.option_name, options)}"
+    elif not error.message and getattr(error.param, "help", None):
+        said += f": {error.param.help}"
+    return f"{said}{'' if said.endswith(('.', '?')) else '.'} `{command} --help` shows what it takes."
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a :class:`ZooError` is one line on standard error, and its ``exit_code``.
 
-    So is a file or folder that cannot be read or written, with 1.
+    So are a command, option or argument that typer refuses, with 2, and a file or folder that cannot be read or
+    written, with 1.
 
     Args:
         arguments: Those of the command line by default.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        app(arguments)
+        sys.exit(app(arguments, prog_name="zoo", standalone_mode=False))
+    except typer.Abort:
+        print("zoo: aborted.", file=sys.stderr)
+        sys.exit(1)
+    except _UsageError as error:
+        if line := _usage_line(error):
+            print("zoo:", line, file=sys.stderr)
+        sys.exit(2)
     except ZooError as error:
         print("zoo:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,19 +11,17 @@ import typer
 if TYPE_CHECKING:
     from zoo.train.recipe import Recipe
 
-
-class Resume(StrEnum):
-    """What becomes of a run that the folder holds already."""
-
-    auto = "auto"
-    never = "never"
-
+_AUTO, _NEVER = "auto", "never"  # what becomes of a run that the folder holds already
 
 _Recipe = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that zoo ships.")]
 _Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, such as optim.lr=1e-3 data.root=PATH.")]
 _Out = Annotated[Path | None, typer.Option(help="The run folder; by default runs/<recipe>.")]
 _Resume = Annotated[
-    Resume, typer.Option(help="auto: continue the run in the folder, or start one where there is none. never: start.")
+    str,
+    typer.Option(
+        metavar=f"{_AUTO}|{_NEVER}",
+        help=f"{_AUTO}: continue the run in the folder, or start one where there is none. {_NEVER}: start.",
+    ),
 ]
 _Show = Annotated[bool, typer.Option("--show", help="Print the resolved recipe and exit.")]
 
@@ -35,12 +32,13 @@ _Data = Annotated[
 
 
 def train(
-    recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = Resume.never, show: _Show = False
+    recipe: _Recipe, overrides: _Overrides = None, out: _Out = None, resume: _Resume = _NEVER, show: _Show = False
 ) -> None:
     """Train a model as a recipe says."""
     from zoo.train.recipe import find_recipe, load_recipe
 
-    _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
+    go_on = _goes_on(resume)
+    _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, go_on, show)
 
 
 def finetune(
@@ -48,7 +46,7 @@ def finetune(
     overrides: _Overrides = None,
     data: _Data = "",
     out: _Out = None,
-    resume: _Resume = Resume.never,
+    resume: _Resume = _NEVER,
     show: _Show = False,
 ) -> None:
     """Fine-tune pretrained weights, as a recipe says or, with --data, on pictures without a recipe.
@@ -59,20 +57,30 @@ def finetune(
     from zoo.registry import is_model
     from zoo.train.recipe import find_recipe, load_recipe
 
+    go_on = _goes_on(resume)
     if not data:
         if is_model(recipe) and not Path(recipe).exists():
             raise RecipeError(f"{recipe!r} is a model; expected --data with it, or a recipe (`zoo recipes list`).")
-        _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, resume, show)
+        _run(load_recipe(recipe, overrides or []), out or Path("runs") / find_recipe(recipe).stem, go_on, show)
         return
     from zoo.train.automatic import finetune_recipe
 
     choice = finetune_recipe(recipe, data, overrides or [])
     if not show:
         print(*choice.notes, sep="\n")
-    _run(choice.recipe, out or Path("runs") / f"{recipe}-{Path(data).stem}", resume, show)
+    _run(choice.recipe, out or Path("runs") / f"{recipe}-{Path(data).stem}", go_on, show)
 
 
-def _run(recipe: "Recipe", out: Path, resume: Resume, show: bool) -> None:
+def _goes_on(resume: str) -> bool:
+    """Whether a run that the folder holds already is continued."""
+    from zoo.errors import RecipeError, nearest
+
+    if resume not in (_AUTO, _NEVER):
+        raise RecipeError(f"--resume is {resume!r}; expected {_AUTO} or {_NEVER}.{nearest(resume, (_AUTO, _NEVER))}")
+    return resume == _AUTO
+
+
+def _run(recipe: "Recipe", out: Path, resume: bool, show: bool) -> None:
     from zoo.cli._output import console, table
     from zoo.errors import require
 
@@ -86,7 +94,7 @@ def _run(recipe: "Recipe", out: Path, resume: Resume, show: bool) -> None:
     from zoo.train.report import FIGURES
 
     try:
-        comparison = finetune(recipe, out, resume=resume is Resume.auto)
+        comparison = finetune(recipe, out, resume=resume)
     except KeyboardInterrupt as interrupt:
         print(f"zoo: interrupted; with --resume auto the same command continues {out}.", file=sys.stderr)
         raise typer.Exit(130) from interrupt
