@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 import zoo
 from zoo.analysis.energy import EnergyMeter
@@ -46,7 +47,7 @@ from zoo.train.schedule import learning_rate
 from zoo.train.scoring import evaluate
 from zoo.train.sharding import is_sharded, local, share_out, share_statistics, whole
 from zoo.train.tasks import TASKS, eval_loader
-from zoo.train.tracking import require_trackers, start_trackers
+from zoo.train.tracking import log, require_trackers, start_trackers, stop_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -54,8 +55,25 @@ _FUSED = ("adam", "adamw", "sgd")  # torch has one kernel for a whole step of th
 # what a checkpoint holds besides tensors
 _REMEMBERED = ("step", "epoch", "epoch_step", "loss_sum", "history", "best", "seconds")
 # with others of these a run may go on, as with other processes
-_MAY_CHANGE = ("data.workers", "train.sharding", "train.offload", "train.tensorboard", "train.wandb")
+_MAY_CHANGE = (
+    "data.workers",
+    "train.sharding",
+    "train.offload",
+    "train.tensorboard",
+    "train.wandb",
+    "train.log_every",
+)
 _CHECK_EVERY = 20  # steps between looks at the loss on an accelerator, where each look waits for the device
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An optimiser step whose loss nobody has looked at yet, as that may wait for the device."""
+
+    step: int  # steps before it
+    rate: float  # its learning rate
+    loss: Tensor
+    gradient_norm: Tensor | None  # before clipping; None where it is not wanted or not known
 
 
 @dataclass(frozen=True)
@@ -207,7 +225,7 @@ class _Run:
         self.history: list[dict[str, float]] = []  # a row an epoch
         self.best: dict[str, float] = {}  # the row whose weights are in model.safetensors
         self.seconds = 0.0
-        self._unchecked: list[tuple[int, float, Tensor]] = []  # (step, learning rate, loss) not looked at yet
+        self._unchecked: list[_Step] = []
 
     def _make_train_loader(self) -> Loader:
         recipe = self.recipe
@@ -253,7 +271,7 @@ class _Run:
         elif self.accelerator.is_main_process:
             self._open_folder()
         if self.accelerator.is_main_process:
-            start_trackers(self.accelerator, recipe, folder)
+            start_trackers(self.accelerator, recipe, folder, done=self.step)
         self.progress.announce()
         self._clock = time.perf_counter()
         try:
@@ -266,8 +284,7 @@ class _Run:
                 raise
             raise self._out_of_memory() from error
         finally:
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+            stop_trackers(self.accelerator)
             self.train_loader.close()
             self.val_loader.close()
         raw = _figures(self.best, "val_")
@@ -362,8 +379,8 @@ class _Run:
         if self.recipe.train.drop_path_grows:
             for module, final in self._drop_paths:
                 module.rate = final * self.task.share
-        loss = self._optimiser_step(batches)
-        self._unchecked.append((self.step, rate, loss))
+        loss, norm = self._optimiser_step(batches)
+        self._unchecked.append(_Step(self.step, rate, loss, norm))
         self.step += 1
         self.epoch_step += 1
         share_statistics(accelerator, self.plain_model)
@@ -385,10 +402,10 @@ class _Run:
     def _learning_rate(self) -> float:
         return max(group["lr"] / group.get("lr_scale", 1.0) for group in self.optimizer.param_groups)
 
-    def _optimiser_step(self, batches: Iterator[Batch]) -> Tensor:
-        """One optimiser step over ``accumulate`` batches; returns their mean loss, detached."""
+    def _optimiser_step(self, batches: Iterator[Batch]) -> tuple[Tensor, Tensor | None]:
+        """One optimiser step over ``accumulate`` batches; returns their mean loss, detached, and what _clip does."""
         recipe, accelerator = self.recipe, self.accelerator
-        means = []
+        means, norm = [], None
         for micro in range(self.accumulate):
             batch = self.task.scoring.prepare(next(batches), accelerator.device)
             with accelerator.accumulate(self.model):
@@ -402,40 +419,60 @@ class _Run:
                     self.pruning.update(batch.indices, losses.detach())
                     loss = (losses * self.pruning.weights_of(batch.indices)).mean()
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and recipe.optim.clip:
-                    self._clip()
+                if accelerator.sync_gradients:
+                    norm = self._clip()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return torch.stack(means).mean()
+        return torch.stack(means).mean(), norm
 
-    def _clip(self) -> None:
+    def _clip(self) -> Tensor | None:
+        """Clip the gradients, if the recipe says so; returns their norm before that, if this step is to be logged."""
         from timm.utils.clip_grad import dispatch_clip_grad
 
-        optim = self.recipe.optim
-        if optim.clip_mode == "norm":
-            self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip)
-            return
+        optim, logged = self.recipe.optim, self._is_logged(self.step)
+        if optim.clip and optim.clip_mode == "norm":
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip)
+            return norm if logged else None
+        if not (optim.clip or logged):
+            return None
         self.accelerator.unscale_gradients()
-        dispatch_clip_grad(self.model.parameters(), optim.clip, mode=optim.clip_mode)
+        gradients = [each.grad for each in self.model.parameters() if each.grad is not None]
+        norm = get_total_norm(gradients) if logged and gradients else None
+        if optim.clip:
+            dispatch_clip_grad(self.model.parameters(), optim.clip, mode=optim.clip_mode)
+        return norm
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether the trackers get a row of the step that comes after so many."""
+        train = self.recipe.train
+        return bool((train.tensorboard or train.wandb) and train.log_every and (step + 1) % train.log_every == 0)
 
     def _check_losses(self) -> None:
-        """Add up the losses since the last look, over all processes; stop at one that is not finite."""
+        """Add up and log the losses since the last look, over all processes; stop at one that is not finite."""
         self._meter.update()
         if not self._unchecked:
             return
-        losses = torch.stack([loss for _, _, loss in self._unchecked])
+        losses = torch.stack([each.loss for each in self._unchecked])
         if self.accelerator.num_processes > 1:
             # Whether to stop is exchanged with the losses, as all processes must do so after the same step.
             signal = losses.new_tensor([float(self.terminated)])
             losses = self.accelerator.reduce(torch.cat([losses, signal]), "mean")
             self.terminated, losses = bool(losses[-1] > 0), losses[:-1]
-        for (step, rate, _), value in zip(self._unchecked, losses.tolist(), strict=True):
+        for each, value in zip(self._unchecked, losses.tolist(), strict=True):
             if not math.isfinite(value):
-                raise self._diverged(f"The loss is {value}", step, rate)
+                raise self._diverged(f"The loss is {value}", each.step, each.rate)
             self.loss_sum += value
+            if self._is_logged(each.step):
+                self._log_step(each, value)
         self._unchecked.clear()
         if self.terminated and self.accelerator.num_processes > 1:
             self._stop()
+
+    def _log_step(self, step: _Step, loss: float) -> None:
+        figures = {"step/loss": loss, "step/learning_rate": step.rate}
+        if step.gradient_norm is not None:
+            figures["step/gradient_norm"] = float(whole(step.gradient_norm))  # gathered by all processes
+        log(self.accelerator, figures, step.step + 1)
 
     def _check(self) -> None:
         """Stop before a checkpoint is written from a loss, or from weights, that are not finite."""
@@ -502,11 +539,11 @@ class _Run:
             state = {name: whole(tensor) for name, tensor in plain_state(candidates[chosen]).items()}
             if accelerator.is_main_process:
                 write(self.folder.weights, state, self._weights_metadata())
+        # Before the checkpoint, so that what a resumed run has behind it is all there.
+        log(accelerator, {key: value for key, value in row.items() if key not in ("epoch", "step")}, self.step)
         self._save()
         if accelerator.is_main_process:
             write_metrics(self.folder.metrics, self.history)
-        if accelerator.trackers:
-            accelerator.log({key: value for key, value in row.items() if key not in ("epoch", "step")}, step=self.step)
         self.progress.finish_epoch(row)
 
     def _weights_metadata(self) -> dict[str, str]:

@@ -152,8 +152,9 @@ class Train:
     patience: int = 0  # epochs without a better one after which the training ends; 0: never
     keep: str = "best"  # which epoch's weights become model.safetensors: "best" on the held-out part, or "last"
     save_steps: int = 0  # also checkpoint every so many optimiser steps, besides after every epoch
-    tensorboard: bool = True  # write every epoch's figures for TensorBoard into the run folder
+    tensorboard: bool = True  # write the figures of epochs and steps for TensorBoard into the run folder
     wandb: str = ""  # a project of Weights & Biases that they are logged to as well; empty: none
+    log_every: int = 50  # of those two: optimiser steps from one row of loss, rate and gradient to the next; 0: no rows
     from_scratch: bool = False  # train once more without pretrained weights, and compare
 
 
@@ -397,12 +398,13 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "schedule.warmup_lr",
             "schedule.min_lr",
             "train.save_steps",
+            "train.log_every",
         ),
     ),
     (
         "1 or more",
         lambda value: value >= 1,
-        ("schedule.epochs", "train.batch_size", "data.seq_len", "augment.repeats", "lora.rank"),
+        ("version", "schedule.epochs", "train.batch_size", "data.seq_len", "augment.repeats", "lora.rank"),
     ),
     ("0 or more, or -1", lambda value: value >= -1, ("train.micro_batch",)),
     ("sides of 32 or more", lambda value: all(side >= 32 for side in value), ("augment.sizes",)),
