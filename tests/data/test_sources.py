@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from zoo.data.image import decode_image
-from zoo.data.sources import FolderSource, ImageSource, Relabelled, open_source, open_stream, stratified_holdout
+from zoo.data.sources import (
+    FolderSource,
+    ImageSource,
+    Relabelled,
+    missing_classes,
+    open_source,
+    open_stream,
+    stratified_holdout,
+)
 from zoo.errors import DataError, MissingExtraError
 
 PNG = bytes.fromhex(  # a grey picture of one pixel
@@ -121,8 +129,8 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "labels, names, message",
     [
-        ([0, 2], ["cat", "dog"], r"has labels 0 to 2, but 2 class names.$"),
-        ([0, -1], ["cat", "dog"], r"has labels -1 to 0, but 2 class names.$"),
+        ([0, 2], ["cat", "dog"], r": sample 1 has the label 2; expected 0 to 1, as there are 2 classes.$"),
+        ([0, -1], ["cat", "dog"], r": sample 1 has the label -1; expected 0 to 1, as there are 2 classes.$"),
         (["cat", "dog"], None, r"column 'label' is string; expected integers.$"),
         ([0, None], None, r"column 'label' is int64; expected integers.$"),
         ([], ["cat"], r"is empty.$"),
@@ -241,7 +249,7 @@ def test_relabelled_by_class_name(tmp_path: Path) -> None:
     source = FolderSource(make_folder(tmp_path, cat=1, emu=2))
     other = Relabelled(source, ("ant", "cat", "dog", "emu"), "val")
     assert other.labels.tolist() == [1, 3, 3]
-    assert other.missing == ["ant", "dog"]
+    assert missing_classes(other.labels, other.classes) == ["ant", "dog"]
     assert (other.encoded(0), other.describe(0)) == (PNG, source.describe(0))
     with pytest.raises(
         DataError, match=r"^val has the class 'cat', which the training data has not. Did you mean: cut"
@@ -294,8 +302,8 @@ def test_indices_in_a_manifest_are_named_by_a_file_beside_it(tmp_path: Path) -> 
         ("picture,label\n1.png,cat\n", r"has the columns picture, label; expected 'path', and 'label' or 'labels'.$"),
         ("path,label\n1.png,cat\n2.png,\n", r": row 2 has no label.$"),
         ('path,label\n"1.png,cat\n', r"is not valid CSV: "),
-        ("path,label\n1.png,7\n", r"has labels 7 to 7, but 3 class names.$"),
-        ("path,label\n1.png,-1\n", r"has labels -1 to -1, but 3 class names.$"),
+        ("path,label\n1.png,7\n", r": sample 0 has the label 7; expected 0 to 2, as there are 3 classes.$"),
+        ("path,label\n1.png,-1\n", r": sample 0 has the label -1; expected 0 to 2, as there are 3 classes.$"),
         ("path,label\n1.png,cut\n", r"sample 0 has the class 'cut'. Did you mean: cat\?$"),
     ],
 )
@@ -363,7 +371,7 @@ def test_shards_with_class_names(tmp_path: Path) -> None:
         ({"cls": b"1"}, r"a.tar: sample '0000' has no picture, only cls.$"),
         ({"png": PNG}, r"a.tar: sample '0000' has no label; expected a .cls file.$"),
         ({"png": PNG, "json": b"{"}, r"a.tar: sample '0000' has no label; expected a .cls file.$"),
-        ({"png": PNG, "cls": b"-3"}, r"has labels -3 to -3, but "),
+        ({"png": PNG, "cls": b"-3"}, r"sample 0 has the label -3; expected 0 to "),
     ],
 )
 def test_samples_that_lack_something(tmp_path: Path, sample: dict[str, bytes], message: str) -> None:

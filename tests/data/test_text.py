@@ -70,6 +70,15 @@ def test_a_line_of_jsonl_is_a_document(tmp_path: Path) -> None:
         list(open_documents(str(tmp_path)))
 
 
+def test_a_row_of_parquet_without_text_is_named(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["one", None]}), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0.parquet, row 2 has no text in 'text'"):
+        list(open_documents(str(tmp_path)))
+
+
 def test_a_row_of_parquet_is_a_document(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -68,7 +68,7 @@ def test_a_class_may_be_missing(run: Path, tmp_path: Path, caplog: pytest.LogCap
     shutil.rmtree(tmp_path / "data" / "blue")
     figures = evaluate_run(run, split="train", root=str(tmp_path / "data"))
     assert figures["samples"] == 20
-    assert caplog.messages == ["Split 'train' has no sample of 1 classes: blue"]
+    assert caplog.messages == ["Split 'train' has no sample of 1 of 3 classes: blue"]
     whole = evaluate_run(run)
     assert isinstance(whole["loss"], float)
     shutil.rmtree(tmp_path / "data" / "green")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from zoo.cli import app
 from zoo.data.image import EvalTransform, Normalise, read_image
 from zoo.data.pack import pack_pictures
-from zoo.data.sources import Relabelled, open_source, stratified_holdout
+from zoo.data.sources import Relabelled, missing_classes, open_source, stratified_holdout
 from zoo.errors import DataError, RecipeError
 from zoo.inference import load_classifier
 from zoo.pretrained.hub import write_repository
@@ -76,7 +76,7 @@ def test_manifests_and_shards_with_several_labels(manifest: Path, tmp_path: Path
 
     other = Relabelled(source, ("green", "blue", "grey", "red"), "val")
     assert np.array_equal(other.labels[:, [1, 0, 3]], source.labels)
-    assert other.missing == ["grey"]
+    assert missing_classes(other.labels, other.classes) == ["grey"]
 
 
 @pytest.mark.parametrize(

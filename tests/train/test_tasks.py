@@ -323,3 +323,24 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         RecipeError, match=r"new.toml has the format 2, this zoo reads up to 1; upgrade efficient-zoo.$"
     ):
         zoo.load_recipe(tmp_path / "new.toml")
+
+
+def test_classes_without_a_picture_are_warned_of(
+    tiny_recipe: Callable, class_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = [f"{class_folder}/red/{i:02d}.png,0\n" for i in range(8)]
+    pictures += [f"{class_folder}/blue/00.png,4\n"]  # the only one of its class, which is kept for training
+    (tmp_path / "pictures.csv").write_text("path,label\n" + "".join(pictures))
+    TASKS["image-classification"](tiny_recipe(**{"data.name": str(tmp_path / "pictures.csv")}))
+    assert caplog.messages == [
+        "The part that is held out has no sample of 4 of 5 classes: 1, 2, 3, 4",
+        "Split 'train' has no sample of 3 of 5 classes: 1, 2, 3",
+    ]
+
+
+def test_one_class_alone_is_nothing_to_learn(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures.csv").write_text(
+        f"path,label\n{class_folder}/red/00.png,red\n{class_folder}/red/01.png,red\n"
+    )
+    with pytest.raises(DataError, match=r"pictures.csv has one class, 'red'; expected two or more to tell apart\.$"):
+        TASKS["image-classification"](tiny_recipe(**{"data.name": str(tmp_path / "pictures.csv")}))

@@ -311,7 +311,8 @@ class Loader:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise TrainingError(
-                    f"A data worker died: {reason(error)}. Most often memory ran out; lower data.workers."
+                    f"A data worker died: {reason(error)}. Most often memory ran out: lower data.workers, and go on "
+                    "from the last checkpoint with --resume auto."
                 ) from error
             if isinstance(batch, DataError):
                 raise batch
@@ -325,7 +326,7 @@ class Loader:
         if len(self.skipped) > self.max_corrupt:
             last = list(skipped.values())[-1]
             if not self.max_corrupt:
-                raise DataError(last)
+                raise DataError(f"{last} data.max_corrupt=10 would skip up to ten such, and list them in the report.")
             raise DataError(
                 f"{len(self.skipped)} samples cannot be read, data.max_corrupt allows {self.max_corrupt}. {last}"
             )

@@ -86,8 +86,9 @@ def _read(file: Path, column: str) -> Iterator[str]:
         table = read_parquet(file)
         if column not in table.column_names:
             raise DataError(_no_column(str(file), column, table.column_names))
-        for chunk in table.column(column).chunks:
-            yield from chunk.to_pylist()
+        texts = (text for chunk in table.column(column).chunks for text in chunk.to_pylist())
+        for number, text in enumerate(texts, 1):
+            yield _field({column: text}, column, f"{file}, row {number}")
         return
     try:
         if file.suffix == ".txt":

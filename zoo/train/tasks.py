@@ -24,6 +24,7 @@ from zoo.data.sources import (
     Relabelled,
     StreamSource,
     class_counts,
+    missing_classes,
     open_source,
     open_stream,
     stratified_holdout,
@@ -182,6 +183,11 @@ class ImageClassification(Task):
             assert isinstance(self.source, ImageSource)  # a stream has a val_split: the recipe was checked
             self.val_source = self.source
             self.train_indices, self.val_indices = stratified_holdout(self.source.labels, data.holdout, recipe.seed)
+            _warn_of_missing(self.source.labels[self.val_indices], self.classes, "The part that is held out")
+        if isinstance(self.source, ImageSource):
+            _warn_of_missing(self.source.labels, self.classes, f"Split {data.train_split!r}")
+        if len(self.classes) == 1 and not self.multi_label:
+            raise DataError(f"{data.name} has one class, {self.classes[0]!r}; expected two or more to tell apart.")
 
     def check_batch(self, size: int) -> None:
         if self.mixing and size % 2:
@@ -454,10 +460,14 @@ def open_split(
         raise DataError(
             f"Split {split!r} has {kinds[source.multi_label]} a picture; expected {kinds[multi_label]}, as in training."
         )
-    if source.missing:
-        shown = ", ".join(source.missing[:5]) + (", ..." if len(source.missing) > 5 else "")
-        _logger.warning("Split %r has no sample of %d classes: %s", split, len(source.missing), shown)
+    _warn_of_missing(source.labels, classes, f"Split {split!r}")
     return source
+
+
+def _warn_of_missing(labels: np.ndarray, classes: tuple[str, ...], where: str) -> None:
+    if missing := missing_classes(labels, classes):
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        _logger.warning("%s has no sample of %d of %d classes: %s", where, len(missing), len(classes), shown)
 
 
 def eval_samples(source: ImageSource, indices: np.ndarray, preprocessing: Preprocessing) -> ImageSamples:

@@ -4,7 +4,15 @@ A source knows how many samples it has, their labels and class names, and hands 
 next stage (:mod:`zoo.data.image`). Text has its sources in :mod:`zoo.data.text`.
 """
 
-from zoo.data.sources.base import EMBEDDED, IMAGE_SUFFIXES, ImageSource, Relabelled, class_counts, members_of
+from zoo.data.sources.base import (
+    EMBEDDED,
+    IMAGE_SUFFIXES,
+    ImageSource,
+    Relabelled,
+    class_counts,
+    members_of,
+    missing_classes,
+)
 from zoo.data.sources.files import FolderSource, ManifestSource
 from zoo.data.sources.opening import open_source, open_stream, stratified_holdout
 from zoo.data.sources.shards import ShardSource
@@ -24,6 +32,7 @@ __all__ = [
     "StreamSource",
     "class_counts",
     "members_of",
+    "missing_classes",
     "open_source",
     "open_stream",
     "stratified_holdout",

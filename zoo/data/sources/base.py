@@ -52,8 +52,6 @@ class ImageSource(ABC):
 class Relabelled(ImageSource):
     """A source with its labels in the class order of another, matched by class name.
 
-    Classes of the other that this one has no picture of are in :attr:`missing`.
-
     Raises:
         DataError: If this source has a class that the other has not.
     """
@@ -72,7 +70,6 @@ class Relabelled(ImageSource):
             self.labels[:, order] = source.labels
         else:
             self.labels = order[source.labels]
-        self.missing = [classes[i] for i in np.flatnonzero(class_counts(self.labels, len(classes)) == 0)]
 
     def encoded(self, index: int) -> bytes:
         return self.source.encoded(index)
@@ -98,6 +95,11 @@ def class_counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return labels.sum(0, dtype=np.int64) if labels.ndim == 2 else np.bincount(labels, minlength=num_classes)
 
 
+def missing_classes(labels: np.ndarray, classes: tuple[str, ...]) -> list[str]:
+    """The classes that no picture has; ``labels`` as an :class:`ImageSource` has them."""
+    return [classes[i] for i in np.flatnonzero(class_counts(labels, len(classes)) == 0)]
+
+
 def members_of(labels: np.ndarray, label: int) -> np.ndarray:
     """Indices of the pictures of a class."""
     return np.flatnonzero(labels[:, label] if labels.ndim == 2 else labels == label)
@@ -108,7 +110,11 @@ def check_labels(labels: np.ndarray, classes: tuple[str, ...], name: str) -> Non
     if len(labels) == 0:
         raise DataError(f"{name} is empty.")
     if labels.min() < 0 or labels.max() >= len(classes):
-        raise DataError(f"{name} has labels {labels.min()} to {labels.max()}, but {len(classes)} class names.")
+        wrong = int(np.argmax((labels < 0) | (labels >= len(classes))))
+        raise DataError(
+            f"{name}: sample {wrong} has the label {labels[wrong]}; expected 0 to {len(classes) - 1}, as there are "
+            f"{len(classes)} classes."
+        )
 
 
 def labels_and_classes(values: Sequence[str], names: Sequence[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -97,7 +97,10 @@ class StreamSource:
             ) from error
         label = record[self._label]
         if not 0 <= label < len(self.classes):
-            raise DataError(f"{self.describe(position)} has the label {label}, but {len(self.classes)} class names.")
+            raise DataError(
+                f"{self.describe(position)} has the label {label}; expected 0 to {len(self.classes) - 1}, as there are "
+                f"{len(self.classes)} classes."
+            )
         return picture_bytes(record[self._image]), label
 
     def describe(self, position: int) -> str:
