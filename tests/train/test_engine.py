@@ -8,8 +8,10 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -390,6 +392,25 @@ def test_a_damaged_picture_stops_the_run_with_its_name(
         train(
             tiny_recipe(**{"data.name": str(tmp_path / "data"), "data.workers": workers}), tmp_path / "run", quiet=True
         )
+
+
+def test_a_worker_that_is_killed_between_batches_is_one_clear_line(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's handler of the signal raises wherever the process is, here in a step, not where a batch is waited for."""
+    step = _Run._optimiser_step
+
+    def interrupted(self: _Run, batches: Any) -> Any:
+        if self.step == 7:
+            os.kill(self.train_loader._loader._iterator._workers[0].pid, signal.SIGKILL)  # type: ignore[union-attr]
+            time.sleep(60)  # until the signal comes
+        return step(self, batches)
+
+    monkeypatch.setattr(_Run, "_optimiser_step", interrupted)
+    with pytest.raises(TrainingError, match=r"^A data worker died: .*--resume auto\.$"):
+        train(tiny_recipe(**{"data.workers": 1}), tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    assert train(tiny_recipe(**{"data.workers": 1}), tmp_path / "run", resume=True, quiet=True).metrics
 
 
 def test_some_damaged_pictures_may_be_skipped(

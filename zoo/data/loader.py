@@ -303,17 +303,10 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._loader)
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
+            with dead_workers_named():
+                batch = next(batches, None)
+            if batch is None:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise TrainingError(
-                    f"A data worker died: {reason(error)}. Most often memory ran out: lower data.workers, and go on "
-                    "from the last checkpoint with --resume auto."
-                ) from error
             if isinstance(batch, DataError):
                 raise batch
             self._count(batch.skipped)
@@ -334,6 +327,24 @@ class Loader:
     def close(self) -> None:
         """End the worker processes, which otherwise wait for the next epoch. The loader is of no use afterwards."""
         del self._loader
+
+
+@contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """For what happens between batches too: torch tells of a dead worker wherever the process is just then.
+
+    Raises:
+        TrainingError: If a worker of a loader died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"A data worker died: {reason(error)}. Most often memory ran out: lower data.workers. A training goes on "
+            "from its last checkpoint with --resume auto."
+        ) from error
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

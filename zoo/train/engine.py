@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 import zoo
 from zoo.analysis.energy import EnergyMeter
 from zoo.config import ModelConfig
-from zoo.data.loader import Batch, EpochSampler, Loader, derive_seed
+from zoo.data.loader import Batch, EpochSampler, Loader, dead_workers_named, derive_seed
 from zoo.data.pruning import PRUNING, Pruning
 from zoo.errors import Preempted, RecipeError, TrainingError, nearest, reason
 from zoo.factory import build
@@ -275,7 +275,7 @@ class _Run:
         self.progress.announce()
         self._clock = time.perf_counter()
         try:
-            with self.progress, _on_sigterm(self._terminate):
+            with self.progress, _on_sigterm(self._terminate), dead_workers_named():
                 while not self._finished:
                     self._train_epoch()
                     self._finish_epoch()

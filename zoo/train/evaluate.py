@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zoo.data.loader import Samples, TextSamples
+from zoo.data.loader import Samples, TextSamples, dead_workers_named
 from zoo.data.sources import stratified_holdout
 from zoo.data.tokens import Rows
 from zoo.errors import RecipeError
@@ -61,7 +61,8 @@ def evaluate_run(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train = recipe.train
     batch_size = min(train.micro_batch, train.batch_size) if train.micro_batch > 0 else train.batch_size
-    figures = evaluate(model, eval_loader(samples, recipe, batch_size, accelerator), scoring, accelerator)
+    with dead_workers_named():
+        figures = evaluate(model, eval_loader(samples, recipe, batch_size, accelerator), scoring, accelerator)
     return {"split": split, "samples": len(samples), **figures}
 
 
