@@ -1,6 +1,7 @@
 """From a config or a name to a model: built, filled with weights, and described."""
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from zoo.config import ImageConfig, ModelConfig
-from zoo.errors import ConfigError, reason
+from zoo.errors import ConfigError, nearest, reason
 from zoo.layers.init import skip_init
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.convert import adapt_layout
@@ -130,7 +131,12 @@ def create_model(
         if not isinstance(config, ImageConfig):
             raise ConfigError(f"features_only=True is for image models; {variant} reads text: expected False.")
         overrides |= {"num_classes": 0, "global_pool": ""}
-    config = config.override(**{field: value for field, value in overrides.items() if value is not None})
+    changes = {field: value for field, value in overrides.items() if value is not None}
+    names = [spec.name for spec in dataclasses.fields(config)]
+    for option in changes.keys() - names:  # here, since override() knows of no options but fields
+        near = nearest(option, {**inspect.signature(create_model).parameters, **dict.fromkeys(names)})
+        raise ConfigError(f"{type(config).__name__} has no field {option!r}.{near}")
+    config = config.override(**changes)
     levels = _feature_levels(config, out_indices) if features_only else []
 
     source = None
