@@ -197,9 +197,13 @@ class ImageConfig(ModelConfig):
         return 32
 
     @property
-    def taps(self) -> tuple[int, ...]:
-        """The stages whose outputs are the feature levels, in order: all, where a family does not say otherwise."""
-        return tuple(range(len(self.widths)))  # type: ignore[attr-defined]  # of every family, one entry per stage
+    def taps(self) -> tuple[int, ...] | None:
+        """The stages whose outputs are the feature levels, in order: all, where a family does not say otherwise.
+
+        None where there are no ``widths`` with one entry per stage, so that only the network knows how many it has.
+        """
+        widths = getattr(self, "widths", None)
+        return None if widths is None else tuple(range(len(widths)))
 
     def validate(self) -> None:
         super().validate()

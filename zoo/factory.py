@@ -137,7 +137,8 @@ def create_model(
         near = nearest(option, {**inspect.signature(create_model).parameters, **dict.fromkeys(names)})
         raise ConfigError(f"{type(config).__name__} has no field {option!r}.{near}")
     config = config.override(**changes)
-    levels = _feature_levels(config, out_indices) if features_only else []
+    if features_only and isinstance(config, ImageConfig) and config.taps is not None:
+        _feature_levels(len(config.taps), out_indices)  # refused before anything is built
 
     source = None
     if checkpoint is not None:
@@ -153,7 +154,7 @@ def create_model(
         # A user may write to a file of their own while the model is in use; nobody writes to one of a cache.
         kept = checkpoint is None and weights is not None and bool(weights.hub or weights.url or not outside)
         _fill(model, source, variant, device, mapped=kept)
-    return _feature_net(model, levels) if features_only else model
+    return _feature_net(model, _feature_levels(len(model.feature_info), out_indices)) if features_only else model
 
 
 def _empty(config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
@@ -189,12 +190,11 @@ def _fill(model: nn.Module, path: Path, variant: str, device: str | torch.device
     assert not stranded, f"{family.name} must create {stranded} on the CPU when it is built on the meta device"
 
 
-def _feature_levels(config: ModelConfig, out_indices: int | Sequence[int] | None) -> list[int]:
-    """The feature levels asked for, in order, from 0; refused where the network of this config would not have them."""
+def _feature_levels(count: int, out_indices: int | Sequence[int] | None) -> list[int]:
+    """The feature levels asked for, out of ``count``, in order, from 0."""
     from zoo.models._backbone import take_indices
 
-    assert isinstance(config, ImageConfig)
-    return sorted(take_indices(len(config.taps), out_indices))
+    return sorted(take_indices(count, out_indices))
 
 
 def _feature_net(model: Any, levels: list[int]) -> nn.Module:

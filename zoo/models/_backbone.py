@@ -71,7 +71,7 @@ class Backbone(nn.Module):
         self.num_classes = config.num_classes
         self.drop_rate = config.drop_rate
         self.grad_checkpointing = False
-        self.taps = config.taps
+        self.taps = tuple(range(len(widths))) if config.taps is None else config.taps
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": reduction, "module": f"{self.stages_name}.{stage}"}
             for stage, width, reduction in zip(self.taps, widths, reductions, strict=True)
