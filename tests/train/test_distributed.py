@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from zoo.train.recipe import Recipe
 
 # A model in which the samples of a batch do not see each other, and one for text; both known only to these processes.
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
@@ -32,7 +34,14 @@ for family in (IMAGES, TEXT):
     zoo.register(family)
 from zoo.train.engine import train
 recipe, out = zoo.load_recipe(sys.argv[1]), sys.argv[2]
-if recipe.train.sharding:  # accelerate shares models out on GPUs and their like alone: the CPU passes for one
+# accelerate shares models out on GPUs and their like alone: the CPU passes for one
+if recipe.train.sharding.startswith("zero") or "ACCELERATE_USE_DEEPSPEED" in os.environ:
+    import deepspeed
+    from accelerate.state import PartialState
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # C++ that it would build, and nothing here calls
+    PartialState(cpu=True)
+    del os.environ["ACCELERATE_USE_CPU"]
+elif recipe.train.sharding:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     PartialState(cpu=True)
@@ -47,9 +56,9 @@ except ZooError as error:
 
 @pytest.fixture
 def start(group: Callable) -> Callable[[Recipe, Path, int], list[subprocess.Popen]]:
-    """A function that trains a recipe into a folder in so many processes."""
+    """A function that trains a recipe into a folder in so many processes, in this environment and more."""
 
-    def processes(recipe: Recipe, out: Path, world: int) -> list[subprocess.Popen]:
+    def processes(recipe: Recipe, out: Path, world: int, **more: str) -> list[subprocess.Popen]:
         out.parent.mkdir(parents=True, exist_ok=True)
         path, script = out.with_suffix(".toml"), out.with_suffix(".py")
         path.write_text(recipe.to_toml())
@@ -57,7 +66,7 @@ def start(group: Callable) -> Callable[[Recipe, Path, int], list[subprocess.Pope
         return [
             subprocess.Popen(
                 [sys.executable, str(script), str(path), str(out)],
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment | more,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -143,23 +152,41 @@ def kill_when_saved(processes: list[subprocess.Popen], run: Path) -> None:
         process.wait()
 
 
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, then", [("images", ("", 1)), ("text", ("fsdp2", 2))])
+@pytest.mark.parametrize(
+    "kind, first, then",
+    [
+        ("images", ("fsdp2", 2), ("", 1)),
+        ("text", ("fsdp2", 2), ("fsdp2", 2)),
+        pytest.param("images", ("zero1", 2), ("zero1", 2), marks=needs_deepspeed),
+        pytest.param("text", ("", 1), ("zero2", 2), marks=needs_deepspeed),
+        pytest.param("images", ("zero3", 2), ("", 1), marks=needs_deepspeed),
+        pytest.param("text", ("zero2", 2), ("zero3", 2), marks=needs_deepspeed),
+    ],
+)
 def test_sharded_processes_equal_one(
     recipes: dict[str, Recipe],
     alone: dict[str, Path],
     start: Callable,
     tmp_path: Path,
     kind: str,
+    first: tuple[str, int],
     then: tuple[str, int],
 ) -> None:
-    """Killed once and gone on with, sharded or not: what is saved is whole."""
-    processes = start(recipes[kind].replace(**{"train.sharding": "fsdp2"}), tmp_path / "run", 2)
-    kill_when_saved(processes, tmp_path / "run")
-    assert not (tmp_path / "run" / "result.json").exists()
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["distributed"] == "FSDP"
-    sharding, world = then
-    finish(start(recipes[kind].replace(**{"train.sharding": sharding}), tmp_path / "run", world))
+    """Killed once and gone on with, sharded or not, on as many processes or others: what is saved is whole."""
+    for at, (sharding, world) in enumerate((first, then)):
+        recipe = recipes[kind].replace(**{"train.sharding": sharding})
+        processes = start(recipe, tmp_path / "run", world)
+        if at == 0:
+            kill_when_saved(processes, tmp_path / "run")
+            assert not (tmp_path / "run" / "result.json").exists()
+            environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+            assert environment["distributed"] == {"fsdp2": "FSDP", "": "NO"}.get(sharding, "DEEPSPEED")
+        else:
+            finish(processes)
     assert_close(tmp_path / "run", alone[kind])
     mine, theirs = (load_file(each / "model.safetensors") for each in (tmp_path / "run", alone[kind]))
     for name, tensor in theirs.items():

@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from zoo.train.evaluate import evaluate_run
 from zoo.train.finetune import finetune
 from zoo.train.recipe import Optim, Train
 from zoo.train.run_folder import RunFolder
+from zoo.train.sharding import check
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -285,7 +287,7 @@ def test_a_precision_that_the_device_has_not_is_one_clear_line(monkeypatch: pyte
     "kind, message",
     [
         (DistributedType.FSDP, r"^accelerate is set to FSDP 1; expected fsdp_version: 2 "),
-        (DistributedType.DEEPSPEED, r"^accelerate is set to DEEPSPEED; .* expected DDP or FSDP2 "),
+        (DistributedType.MEGATRON_LM, r"^accelerate is set to MEGATRON_LM; .* expected DDP, FSDP2 or DeepSpeed "),
     ],
 )
 def test_what_no_checkpoint_could_hold_is_refused(
@@ -298,6 +300,35 @@ def test_what_no_checkpoint_could_hold_is_refused(
     monkeypatch.setattr(device, "Accelerator", lambda **_: Sharded())
     with pytest.raises(RecipeError, match=message):
         device.make_accelerator("fp32")
+
+
+@pytest.mark.parametrize(
+    "processes, config, message",
+    [
+        (1, {"stage": 0}, r"has zero_optimization.stage 0, expected 1, 2 or 3.$"),
+        (1, {"stage": 3, "offload_param": {"device": "nvme"}}, r"has offloading to nvme, expected cpu.$"),
+        (1, {"stage": 2, "offload_optimizer": None}, r"has an optimizer, which is the recipe's.$"),
+        (2, {"stage": 2}, r"^accelerate is set to DEEPSPEED, which accelerate does on GPUs and their like alone; "),
+    ],
+)
+def test_settings_of_deepspeed_that_are_of_no_use_are_refused(processes: int, config: dict, message: str) -> None:
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": config, "optimizer": {}})
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        num_processes=processes,
+        device=torch.device("cpu"),
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
+    with pytest.raises(RecipeError, match=message):
+        check(cast(Accelerator, accelerator))
+
+
+def test_deepspeed_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    message = """train.sharding='zero2' needs deepspeed: pip install "efficient-zoo[deepspeed]\""""
+    with pytest.raises(MissingExtraError, match=f"^{re.escape(message)}$"):
+        device.make_accelerator("fp32", sharding="zero2")
 
 
 def test_one_process_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from zoo.train import engine
 from zoo.train.automatic import finetune_recipe
 from zoo.train.engine import _Run, train
 from zoo.train.evaluate import evaluate_run
-from zoo.train.partial import plain_state
+from zoo.train.partial import without_adapters
 from zoo.train.recipe import Loss, resolve
 from zoo.train.run_folder import RunFolder
 from zoo.train.schedule import learning_rate
@@ -49,7 +49,7 @@ def test_lora_trains_adapters_and_keeps_ordinary_weights(tiny_recipe: Callable, 
     trained = {name for name, tensor in run.plain_model.named_parameters() if tensor.requires_grad}
     assert all("lora_" in name or name.startswith("head.linear.") for name in trained)
     plain = zoo.build(run.config)
-    plain.load_state_dict(plain_state(run.plain_model))  # strict: every name is there, and no other
+    plain.load_state_dict(without_adapters(run.plain_model).state_dict())  # strict: every name is there, and no other
     inputs = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(plain.eval()(inputs), run.plain_model.eval()(inputs), rtol=1e-4, atol=1e-5)
     result = train(recipe.replace(**{"schedule.epochs": 1}), tmp_path / "whole", quiet=True)

@@ -90,6 +90,23 @@ def test_settings_that_contradict(tiny_recipe: Callable) -> None:
         tiny_recipe(**{"train.from_scratch": True})
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"optim.name": "lamb"}, r"optim.name is 'lamb', expected one of adam, adamw, .* with DeepSpeed.$"),
+        (
+            {"optim.clip": 1.0, "optim.clip_mode": "value"},
+            r"optim.clip_mode is 'value', expected 'norm' with DeepSpeed.$",
+        ),
+        ({"train.precision": "fp16"}, r"train.precision is 'fp16', expected 'bf16' or 'fp32' with DeepSpeed.$"),
+    ],
+)
+def test_what_deepspeed_does_not_do(tiny_recipe: Callable, changes: dict, message: str) -> None:
+    tiny_recipe(**changes)
+    with pytest.raises(RecipeError, match=message):
+        tiny_recipe(**changes, **{"train.sharding": "zero2"})
+
+
 def test_a_base_is_merged_key_by_key(write: Callable) -> None:
     write(MINIMAL + "[optim]\nlr = 1.0\nclip = 2.0\n[augment]\nscale = [0.1, 0.2]\n", "common.toml")
     recipe = load_recipe(write('base = "common"\n[optim]\nlr = 3.0\n[augment]\nscale = [0.5, 0.6]\n'))

@@ -5,6 +5,7 @@ the progress and the numbers of the optimiser's parameter groups as JSON. No pic
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from zoo.atomic import save_safetensors
 from zoo.errors import TrainingError, WeightsError
-from zoo.train.sharding import part_like, whole
+from zoo.train.sharding import Sharing
+
+_ALONE = Sharing()
 
 
 def save_checkpoint(
@@ -25,6 +28,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     sampler: dict[str, Tensor],
     *,
+    sharing: Sharing = _ALONE,
     writes: bool = True,
 ) -> None:
     """Write atomically: after a kill at any instant, ``path`` is the previous checkpoint or this one.
@@ -34,6 +38,7 @@ def save_checkpoint(
         model, ema, optimizer: What is trained, its average if there is one, and by what.
         progress: Whatever else resuming needs, as JSON takes it.
         sampler: The sampler's tensors, by name.
+        sharing: How processes share the model.
         writes: Whether this process is the one that writes. Where the model is shared out, the others must call this
             too, so that theirs is gathered.
 
@@ -42,23 +47,20 @@ def save_checkpoint(
     """
     tensors: dict[str, Tensor] = {}
 
-    def add(prefix: str, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            tensor = torch.as_tensor(whole(value))
+    def add(prefix: str, state: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in state:
             if writes:
                 tensors[f"{prefix}.{name}"] = tensor
 
-    add("model", model.state_dict())
+    add("model", sharing.state(model))
     if ema is not None:
-        add("ema", ema.state_dict())
-    remembered = optimizer.state_dict()
-    for index, state in remembered["state"].items():
-        add(f"optimizer.{index}", state)
-    add("sampler", sampler)
+        add("ema", sharing.state(ema))
+    add("optimizer", sharing.optimizer_state(optimizer))
+    add("sampler", sampler.items())
     # Some optimisers count in their groups.
     groups = [
         {name: value for name, value in group.items() if isinstance(value, int | float)}
-        for group in remembered["param_groups"]
+        for group in optimizer.param_groups
     ]
     if writes:
         write(path, tensors, {"zoo_progress": json.dumps(progress), "zoo_groups": json.dumps(groups)})
@@ -78,7 +80,12 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
+    path: Path,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    *,
+    sharing: Sharing = _ALONE,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore model, average and optimiser in place; return the progress and the sampler's tensors.
 
@@ -93,32 +100,19 @@ def load_checkpoint(
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise WeightsError(f"{path} is not a training checkpoint of zoo, or is damaged: {error}.") from error
     try:
-        _load(model, _part(tensors, "model."))
+        sharing.load_state(model, _part(tensors, "model."))
         if ema is not None:
-            _load(ema, _part(tensors, "ema."))
+            sharing.load_state(ema, _part(tensors, "ema."))
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit this run's model: {str(error).splitlines()[-1].strip()}") from error
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in _part(tensors, "optimizer.").items():
         index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape:
-            tensor = part_like(tensor, parameter)
         state.setdefault(int(index), {})[name] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    groups = [{**group, **saved} for group, saved in zip(groups, saved_groups, strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    sharing.load_optimizer_state(optimizer, state)
+    for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        group.update(saved)
     return progress, _part(tensors, "sampler.")
-
-
-def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
-    held = model.state_dict()
-    fitting = {
-        name: part_like(tensor, held[name]) if name in held and tensor.shape == held[name].shape else tensor
-        for name, tensor in state.items()
-    }
-    model.load_state_dict(fitting)  # and this raises for what does not fit
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,18 +1,21 @@
 """Where a run computes, and in which precision."""
 
 import logging
-import os
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from zoo.errors import RecipeError, reason
-from zoo.train.sharding import check, plugins
+from zoo.train.sharding import check, launched, plugins
 
 _logger = logging.getLogger(__name__)
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_accelerator(precision: str, *, sharding: str = "", offload: bool = False, **options: Any) -> Accelerator:
@@ -29,8 +32,7 @@ def make_accelerator(precision: str, *, sharding: str = "", offload: bool = Fals
         RecipeError: If this machine cannot compute in it, or accelerate is set to something that zoo cannot
             save.
     """
-    # Not PartialState(), which, asked too early, takes a CPU's process for alone.
-    if sharding and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if sharding and launched() == 1:
         sharding = ""
         _logger.warning("train.sharding has no effect with one process")
     options |= plugins(sharding, offload=offload)
@@ -41,4 +43,8 @@ def make_accelerator(precision: str, *, sharding: str = "", offload: bool = Fals
         AcceleratorState._reset_state()
         raise RecipeError(f"train.precision is {precision!r}, which does not work here: {reason(error)}.") from error
     check(accelerator, sharding)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and precision in _DTYPES:
+        # Accelerate leaves it to DeepSpeed, which knows of the passes in training alone.
+        autocast = partial(torch.autocast, accelerator.device.type, _DTYPES[precision])
+        accelerator.autocast = autocast  # type: ignore[method-assign]
     return accelerator

@@ -39,13 +39,13 @@ from zoo.registry import config_of, family_of
 from zoo.train import report
 from zoo.train.checkpoint import load_checkpoint, save_checkpoint, write
 from zoo.train.device import make_accelerator
-from zoo.train.partial import batch_norm_momentum, only_head, plain_state, with_adapters
+from zoo.train.partial import batch_norm_momentum, only_head, with_adapters, without_adapters
 from zoo.train.progress import Progress
 from zoo.train.recipe import Optim, Recipe, Train, load_recipe
 from zoo.train.run_folder import RunFolder, read_json, write_json, write_metrics, write_text
 from zoo.train.schedule import learning_rate
 from zoo.train.scoring import evaluate
-from zoo.train.sharding import is_sharded, local, share_out, share_statistics, whole
+from zoo.train.sharding import share_statistics, sharing_of, whole
 from zoo.train.tasks import TASKS, eval_loader
 from zoo.train.tracking import log, require_trackers, start_trackers, stop_trackers
 
@@ -168,6 +168,7 @@ class _Run:
             sharding=recipe.train.sharding,
             offload=recipe.train.offload,
         )
+        self._sharing = sharing_of(self.accelerator)
         self._meter = EnergyMeter(self.accelerator.device)
         self.micro_batch, self.accumulate = _passes(recipe.train, self.accelerator.num_processes, micro_batch)
         self.accelerator.gradient_accumulation_steps = self.accumulate
@@ -179,6 +180,11 @@ class _Run:
         if self.full_epoch == 0:
             raise RecipeError(
                 f"train.batch_size {recipe.train.batch_size} is more than the {size} training samples; lower it."
+            )
+        if self._sharing.splits and len(self.task.val_samples) < self.accelerator.num_processes:
+            raise RecipeError(
+                f"{self.accelerator.num_processes} processes share the model out, more than the "
+                f"{len(self.task.val_samples)} held-out samples; raise data.holdout."
             )
         self.pruning = _make_pruning(recipe, size)
         self.train_loader = self._make_train_loader()
@@ -198,7 +204,7 @@ class _Run:
         self._drop_paths = [
             (module, module.rate) for module in model.modules() if isinstance(module, DropPath) and module.rate
         ]
-        if recipe.train.channels_last and not is_sharded(self.accelerator):  # FSDP takes contiguous parameters alone
+        if recipe.train.channels_last and not self._sharing.relays:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model = model.to(self.accelerator.device)
         self.peak_rate = _peak_rate(recipe)
@@ -209,12 +215,10 @@ class _Run:
             self.task.average = self.ema.module
         if recipe.train.compile:
             model.compile()
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        if self.ema is not None and is_sharded(self.accelerator):
-            share_out(self.accelerator, self.ema.module)
-            self.ema.foreach = (
-                False  # which takes no mixture of parameters that are shared out and buffers that are not
-            )
+        self.plain_model = model  # which stays the same within its wrapper
+        self.model, self.optimizer = self._sharing.prepare(self.accelerator, model, optimizer, recipe, self.micro_batch)
+        if self.ema is not None:
+            self._sharing.share_out(self.ema)
         self.progress = Progress(self, quiet=quiet or not self.accelerator.is_main_process)
         self.terminated = False  # SIGTERM has come
         # What a checkpoint remembers.
@@ -242,10 +246,6 @@ class _Run:
         )
         data = recipe.data
         return Loader(self.task.train_samples, sampler, workers=data.workers, max_corrupt=data.max_corrupt)
-
-    @property
-    def plain_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
 
     @property
     def config(self) -> ModelConfig:
@@ -309,7 +309,7 @@ class _Run:
         """One page about the run. The model shown is that of ``model.safetensors``, whichever epoch it is from."""
         recipe, scoring = self.recipe, self.task.scoring
         # A model that is shared out runs on all processes or on none, and this is the main one alone.
-        as_built = not is_sharded(self.accelerator) and recipe.train.tune != "lora"
+        as_built = not self._sharing.splits and recipe.train.tune != "lora"
         model = self.plain_model if as_built else build(self.config)
         fit_state_dict(model, load_state_dict(self.folder.weights), family_of(self.config))
         model.to(self.accelerator.device).eval()
@@ -385,7 +385,7 @@ class _Run:
         self.epoch_step += 1
         share_statistics(accelerator, self.plain_model)
         if self.ema is not None:
-            self.ema.update(self.plain_model, step=self.step)
+            self._sharing.update(self.ema, self.plain_model, self.step)
         alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu"
         if alone or len(self._unchecked) >= _CHECK_EVERY:
             self._check_losses()
@@ -430,7 +430,7 @@ class _Run:
         from timm.utils.clip_grad import dispatch_clip_grad
 
         optim, logged = self.recipe.optim, self._is_logged(self.step)
-        if optim.clip and optim.clip_mode == "norm":
+        if optim.clip_mode == "norm" and (optim.clip or self._sharing.clips):
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip)
             return norm if logged else None
         if not (optim.clip or logged):
@@ -478,10 +478,11 @@ class _Run:
         """Stop before a checkpoint is written from a loss, or from weights, that are not finite."""
         self._check_losses()
         # A step can spoil the weights while its own loss, taken before it, is still finite.
-        tensors = [local(tensor) for tensor in self.plain_model.state_dict().values() if tensor.is_floating_point()]
-        spoilt = ~torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-        if is_sharded(self.accelerator):  # only the process that has the part sees it
-            spoilt = self.accelerator.reduce(spoilt.float().to(self.accelerator.device)) > 0
+        tensors = [tensor for tensor in self._sharing.held(self.plain_model) if tensor.is_floating_point()]
+        device = self.accelerator.device  # not that of all of them, with train.offload
+        spoilt = ~torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all()
+        if self._sharing.splits:  # only the process that has the part sees it
+            spoilt = self.accelerator.reduce(spoilt.float()) > 0
         if spoilt:
             raise self._diverged("The weights are no longer finite", self.step - 1, self._learning_rate)
 
@@ -536,7 +537,7 @@ class _Run:
         metric, sign = f"{chosen}_{scoring.best}", 1 if scoring.higher_is_better else -1
         if recipe.train.keep == "last" or not self.best or sign * row[metric] > sign * self.best[metric]:
             self.best = row
-            state = {name: whole(tensor) for name, tensor in plain_state(candidates[chosen]).items()}
+            state = dict(self._sharing.state(without_adapters(candidates[chosen])))
             if accelerator.is_main_process:
                 write(self.folder.weights, state, self._weights_metadata())
         # Before the checkpoint, so that what a resumed run has behind it is all there.
@@ -569,6 +570,7 @@ class _Run:
             self._plain_optimizer,
             progress,
             self.pruning.state() if self.pruning is not None else {},
+            sharing=self._sharing,
             writes=self.accelerator.is_main_process,
         )
         self.accelerator.wait_for_everyone()
@@ -579,7 +581,9 @@ class _Run:
 
     def _restore(self) -> None:
         ema = self.ema.module if self.ema is not None else None
-        progress, sampler = load_checkpoint(self.folder.checkpoint, self.plain_model, ema, self._plain_optimizer)
+        progress, sampler = load_checkpoint(
+            self.folder.checkpoint, self.plain_model, ema, self._plain_optimizer, sharing=self._sharing
+        )
         for name in _REMEMBERED:
             setattr(self, name, progress[name])
         self.train_loader.skipped |= progress["skipped"]
@@ -595,7 +599,7 @@ class _Run:
         """Write what describes the run; the recipe comes last, as it marks the folder as taken."""
         folder, text = self.folder, self.recipe.to_toml()
         self.task.write_record(folder, self.config)
-        write_json(folder.environment, _environment(self.accelerator))
+        write_json(folder.environment, _environment(self.accelerator, self.recipe.train.precision))
         write_json(
             folder.manifest,
             {
@@ -761,7 +765,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _environment(accelerator: Accelerator) -> dict[str, Any]:
+def _environment(accelerator: Accelerator, precision: str) -> dict[str, Any]:
     import accelerate
     import timm
 
@@ -777,5 +781,5 @@ def _environment(accelerator: Accelerator) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "distributed": accelerator.distributed_type.value,
-        "precision": accelerator.mixed_precision,
+        "precision": precision,
     }

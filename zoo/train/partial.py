@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.errors import RecipeError, require
 from zoo.registry import config_of, family_of
@@ -43,17 +43,17 @@ def with_adapters(model: Any, lora: Lora) -> None:
         parameter.requires_grad_(True)
 
 
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model as it was built, adapters added to the weights that they stand beside."""
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model as it was built: itself, or a copy in which adapters are added to the weights they stand beside."""
     if not any(hasattr(module, "lora_A") for module in model.modules()):
-        return model.state_dict()
+        return model
     merged = copy.deepcopy(model)
     for name, module in list(merged.named_modules()):
         if hasattr(module, "lora_A"):
             layer: Any = module
             layer.merge()
             merged.set_submodule(name, layer.base_layer)
-    return merged.state_dict()
+    return merged
 
 
 def batch_norm_momentum(model: nn.Module, momentum: float) -> None:

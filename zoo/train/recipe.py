@@ -139,10 +139,10 @@ class Train:
     channels_last: bool = True
     compile: bool = False  # with torch.compile
     checkpoint_activations: bool = False  # compute them again in the backward pass, for less memory
-    sharding: str = (
-        ""  # "fsdp2": processes share the model out; empty: each holds it, unless `accelerate config` says so
-    )
-    offload: bool = False  # with sharding: parameters and the optimiser's state wait in the host's memory
+    # processes share the model or its optimiser's state out: "fsdp2", or DeepSpeed's "zero1", "zero2" or "zero3";
+    # empty: each holds all, unless `accelerate config` says otherwise
+    sharding: str = ""
+    offload: bool = False  # with sharding: what is shared out waits in the host's memory
     tune: str = "all"  # what is trained: "all", "head" (a linear probe), or "lora" (as the lora section says)
     bn_momentum: float = 0.0  # of batch norms: share of a batch in the running statistics; 0: the model's own
     sync_bn: bool = False  # batch norms see the batch of all processes, not of theirs alone
@@ -433,6 +433,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("two shares of 1, the smaller first", lambda value: 0 < value[0] <= value[1] <= 1, ("augment.scale",)),
     ("two ratios, the smaller first", lambda value: 0 < value[0] <= value[1] < math.inf, ("augment.ratio",)),
 )
+_ZERO = ("zero1", "zero2", "zero3")
+_ELEMENTWISE = ("adam", "adamw", "sgd", "momentum", "rmsproptf", "rmsprop", "lion")  # each value is updated by itself
+
 _CHOICES = {
     "task": ("image-classification", "language-modelling"),
     "data.pruning": ("", "random", "loss"),
@@ -446,8 +449,21 @@ _CHOICES = {
     "train.tune": ("all", "head", "lora"),
     "train.keep": ("best", "last"),
     "train.precision": ("fp32", "bf16", "fp16"),
-    "train.sharding": ("", "fsdp2"),
+    "train.sharding": ("", "fsdp2", *_ZERO),
 }
+
+
+def _zero_problems(recipe: Recipe) -> list[str]:
+    """What DeepSpeed does not do: it updates a group of parameters as one tensor, of which each process has a part."""
+    optim, train = recipe.optim, recipe.train
+    problems = []
+    if optim.name not in _ELEMENTWISE:
+        problems.append(f"optim.name is {optim.name!r}, expected one of {', '.join(_ELEMENTWISE)} with DeepSpeed")
+    if optim.clip and optim.clip_mode != "norm":
+        problems.append(f"optim.clip_mode is {optim.clip_mode!r}, expected 'norm' with DeepSpeed")
+    if train.precision == "fp16":
+        problems.append("train.precision is 'fp16', expected 'bf16' or 'fp32' with DeepSpeed")
+    return problems
 
 
 def _check(recipe: Recipe) -> list[str]:
@@ -490,7 +506,9 @@ def _check(recipe: Recipe) -> list[str]:
     if recipe.train.tune != "all" and recipe.train.sharding:
         problems.append("train.sharding shares out models that are trained whole, expected train.tune='all'")
     if recipe.train.offload and not recipe.train.sharding:
-        problems.append("train.offload goes with train.sharding, expected 'fsdp2' there")
+        problems.append("train.offload goes with train.sharding, expected 'fsdp2' or 'zero1' to 'zero3' there")
+    if recipe.train.sharding in _ZERO:
+        problems += _zero_problems(recipe)
     if recipe.train.sharding and recipe.optim.clip and recipe.optim.clip_mode == "agc":
         problems.append("optim.clip_mode is 'agc', which needs whole parameters; expected 'norm' with train.sharding")
     if recipe.train.patience and recipe.train.keep == "last":

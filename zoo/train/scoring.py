@@ -201,5 +201,9 @@ def evaluate(model: nn.Module, loader: Loader, scoring: Scoring, accelerator: Ac
         batch = scoring.prepare(batch, accelerator.device)
         with accelerator.autocast():
             scores.append(scoring.score(model, batch))
+    # A model that is shared out is run by all processes at once, also by those that have a batch fewer.
+    for _ in range(len(loader) - len(scores)):
+        with accelerator.autocast():
+            scoring.score(model, batch)
     model.train(was_training)
     return scoring.figures(scores, accelerator)
