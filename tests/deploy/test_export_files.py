@@ -156,13 +156,15 @@ def test_what_is_refused(small: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["executorch", "coreml"])
-def test_formats_with_extras_of_their_own(format: str, small: nn.Module, tmp_path: Path) -> None:
+def test_formats_with_extras_of_their_own(format: str, small: nn.Module, randomise: Callable, tmp_path: Path) -> None:
     package = get_format(format).packages[0]
     if importlib.util.find_spec(package) is None:
         with pytest.raises(zoo.MissingExtraError, match=f'pip install "efficient-zoo\\[{format}\\]"'):
             zoo.export(small, format, tmp_path / "out")
         pytest.skip(f"needs {package}, an extra of its own")
-    exported = zoo.export(small, format, tmp_path / "out")
+    # ExecuTorch 1.5.1 stops at its own split of the few channels of `small`; it takes the real variants.
+    model = small if format == "coreml" else randomise(zoo.create_model("tinynet_e"))
+    exported = zoo.export(model, format, tmp_path / "out")
     assert exported.path.exists()
     assert exported.verified or format == "coreml"
     if format == "coreml":  # the other route to it, which users of older tools take
