@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        sys.exit(app(arguments, prog_name="zoo", standalone_mode=False))
+        sys.exit(app(arguments, prog_name="zoo", standalone_mode=False) or 0)
     except typer.Abort:
         print("zoo: aborted.", file=sys.stderr)
         sys.exit(1)
