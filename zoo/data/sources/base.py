@@ -111,10 +111,13 @@ def check_labels(labels: np.ndarray, classes: tuple[str, ...], name: str) -> Non
         raise DataError(f"{name} is empty.")
     if labels.min() < 0 or labels.max() >= len(classes):
         wrong = int(np.argmax((labels < 0) | (labels >= len(classes))))
-        raise DataError(
-            f"{name}: sample {wrong} has the label {labels[wrong]}; expected 0 to {len(classes) - 1}, as there are "
-            f"{len(classes)} classes."
-        )
+        raise wrong_label(f"{name}: sample {wrong}", labels[wrong], classes)
+
+
+def wrong_label(where: str, label: int, classes: tuple[str, ...]) -> DataError:
+    """The error of a sample whose label is none of the classes' indices."""
+    last = len(classes) - 1
+    return DataError(f"{where} has the label {label}; expected 0 to {last}, as there are {len(classes)} classes.")
 
 
 def labels_and_classes(values: Sequence[str], names: Sequence[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.data.sources.base import wrong_label
 from zoo.data.sources.tables import image_columns, picture_bytes, undecoded
 from zoo.errors import DataError
 
@@ -97,10 +98,7 @@ class StreamSource:
             ) from error
         label = record[self._label]
         if not 0 <= label < len(self.classes):
-            raise DataError(
-                f"{self.describe(position)} has the label {label}; expected 0 to {len(self.classes) - 1}, as there are "
-                f"{len(self.classes)} classes."
-            )
+            raise wrong_label(self.describe(position), label, self.classes)
         return picture_bytes(record[self._image]), label
 
     def describe(self, position: int) -> str:
