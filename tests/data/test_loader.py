@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from zoo.data.augment import TrainTransform
 from zoo.data.image import EvalTransform, Normalise
-from zoo.data.loader import Batch, EpochSampler, ImageSamples, Loader, derive_seed, seeded
+from zoo.data.loader import _AHEAD, _HELD, Batch, EpochSampler, ImageSamples, Loader, derive_seed, seeded
 from zoo.data.sources import FolderSource, open_stream
 from zoo.errors import DataError, TrainingError
 from zoo.preprocessing import Preprocessing
@@ -208,7 +209,7 @@ def test_damaged_pictures_are_left_out_of_an_evaluation(damaged: Path) -> None:
 
 def test_a_worker_that_is_killed_is_one_clear_line(class_folder: Path) -> None:
     class Fatal(ImageSamples):
-        def batch(self, keys: list) -> Batch:
+        def batch(self, keys: list, memory: object = None) -> Batch:
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError
 
@@ -251,3 +252,46 @@ def encode(level: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("L", (1, 1), level).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers do not share memory with the main process")
+def test_batches_that_are_kept_keep_their_pictures(class_folder: Path) -> None:
+    """More batches than there are slots, all kept; then dropped, and the slots are there again."""
+    loader = training_loader(class_folder, workers=1, batch_size=4)
+    alone = epoch_of(training_loader(class_folder, batch_size=4), 0)
+    assert len(alone) > _AHEAD + _HELD
+    for _ in range(2):
+        kept = epoch_of(loader, 0)
+        assert equal(kept, alone)
+        first = [batch.inputs[0] for batch in kept]  # views keep a slot too
+        del kept
+        assert all(torch.equal(view, batch.inputs[0]) for view, batch in zip(first, alone, strict=True))
+        del first
+    slots = loader._slots
+    assert slots is not None
+    assert sorted(slots._free) == list(range(_AHEAD + _HELD))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers do not share memory with the main process")
+def test_an_epoch_left_in_the_middle_leaves_no_slot_behind(class_folder: Path) -> None:
+    loader = training_loader(class_folder, workers=1, batch_size=4)
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        next(iter(loader))
+    assert equal(epoch_of(loader, 1), epoch_of(training_loader(class_folder, batch_size=4), 1))
+    slots = loader._slots
+    assert slots is not None
+    assert sorted(slots._free) == list(range(_AHEAD + _HELD))
+
+
+def test_pictures_larger_than_their_slot_come_in_memory_of_their_own(class_folder: Path) -> None:
+    def loader(workers: int) -> Loader:
+        transform = TrainTransform(Augment(), PREPROCESSING, lambda epoch: (16, 16) if epoch else (24, 24))
+        samples = ImageSamples(FolderSource(class_folder), None, transform, seed=0)
+        return Loader(samples, EpochSampler(8, 4, shuffle=True), workers=workers)
+
+    alone, helped = loader(0), loader(1)
+    for epoch in (0, 1, 0):
+        batches = epoch_of(helped, epoch)
+        assert {batch.inputs.shape[-1] for batch in batches} == {16 if epoch else 24}
+        assert equal(epoch_of(alone, epoch), batches)

@@ -32,7 +32,7 @@ class TrainTransform:
     Args:
         augment: What to vary.
         preprocessing: The size, the interpolation, and the colour of what a rotation brings in.
-        size_at: From the epoch to another (height, width) in pixels; by default the size is always the same.
+        size_at: From the epoch to another (height, width) in pixels, none larger; by default they are all the same.
 
     Raises:
         RecipeError: If ``augment.auto_augment`` is not in timm's notation.
@@ -47,6 +47,7 @@ class TrainTransform:
         self.augment = augment
         self.preprocessing = preprocessing
         self.size_at = size_at
+        self.largest = preprocessing.img_size
         self.interpolation = augment.interpolation or preprocessing.interpolation
         self.channels = len(preprocessing.mean)
         self.recolour = _recolour(augment, preprocessing)

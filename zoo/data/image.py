@@ -48,6 +48,8 @@ class Patch(NamedTuple):
 class Transform(Protocol):
     """From a picture's file to the pixels that a model sees, and a patch to lay over them."""
 
+    largest: tuple[int, int]  # (height, width) that no picture exceeds
+
     def load(self, data: bytes, name: str, epoch: int) -> tuple[Tensor, Patch | None]:
         """``[3, H, W]`` uint8. The epoch may decide how strongly, or at which size, pictures are varied.
 
@@ -192,6 +194,7 @@ class EvalTransform:
     """RGB picture -> ``[3, H, W]`` uint8: resize and centre crop, equal to timm's."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
+        self.largest = preprocessing.img_size
         self._steps = v2.Compose([_Resize(preprocessing), v2.CenterCrop(list(preprocessing.img_size))])
 
     def __call__(self, image: Image.Image) -> Tensor:

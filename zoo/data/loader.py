@@ -7,6 +7,7 @@ processes, without losing or repeating a sample.
 """
 
 import dataclasses
+import math
 import random
 import sys
 from abc import ABC, abstractmethod
@@ -23,11 +24,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from zoo.data.image import Patch, Transform
 from zoo.data.pruning import Pruning
+from zoo.data.slots import Parcel, Slots
 from zoo.data.sources import ImageSource, StreamSource
 from zoo.data.tokens import Rows
 from zoo.errors import DataError, TrainingError, reason
 
 _ATTEMPTS = 100  # pictures tried in place of one that cannot be read
+_AHEAD = 2  # batches that a worker makes before they are asked for
+_HELD = 3  # batches that the one who asks has at a time
 
 
 @dataclass
@@ -84,25 +88,28 @@ def seeded(*parts: int) -> Iterator[None]:
 Key = tuple[int, int, int]  # (epoch, position in the data set, which of its repeats within the epoch)
 
 
-class Samples(ABC, Dataset):
+class Samples(ABC):
     """What a :class:`Loader` draws batches from. The keys it is given hold one epoch."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def batch(self, keys: Sequence[Key]) -> Batch:
+    def batch(self, keys: Sequence[Key], memory: Tensor | None = None) -> Batch:
         """The batch of these samples.
+
+        Args:
+            keys: Which.
+            memory: ``[nbytes]`` uint8; where the pictures are put if they fit.
 
         Raises:
             DataError: If it cannot be read.
         """
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | DataError:
-        try:
-            return self.batch(keys)
-        except DataError as error:
-            return error  # handed over as a value: a worker's exception arrives with its traceback as the message
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the picture of a sample has at most."""
+        return 0
 
 
 class ImageSamples(Samples):
@@ -135,7 +142,11 @@ class ImageSamples(Samples):
     def __len__(self) -> int:
         return len(self.source) if self.indices is None else len(self.indices)
 
-    def batch(self, keys: Sequence[Key]) -> Batch:
+    @property
+    def nbytes(self) -> int:
+        return 3 * math.prod(self.transform.largest)
+
+    def batch(self, keys: Sequence[Key], memory: Tensor | None = None) -> Batch:
         samples, positions, skipped = [], [], {}
         for epoch, position, repeat in keys:
             for attempt in range(_ATTEMPTS):
@@ -152,7 +163,7 @@ class ImageSamples(Samples):
             raise DataError(next(iter(skipped.values())))
         pictures, patches, labels = zip(*samples, strict=True)
         # Pixel by pixel in memory, as they were decoded and as convolutions like them best.
-        inputs = _stacked([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
+        inputs = _stacked([picture.permute(1, 2, 0) for picture in pictures], memory).permute(0, 3, 1, 2)
         targets = torch.from_numpy(np.asarray(labels))
         return Batch(inputs, targets, torch.tensor(positions), patches=patches, skipped=skipped)
 
@@ -183,7 +194,7 @@ class TextSamples(Samples):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, keys: Sequence[Key]) -> Batch:
+    def batch(self, keys: Sequence[Key], memory: Tensor | None = None) -> Batch:
         chosen = [position for _, position, _ in keys]
         inputs, targets, positions = map(torch.from_numpy, self.rows.read(chosen))
         return Batch(inputs, targets, torch.tensor(chosen), positions)
@@ -261,6 +272,48 @@ class EpochSampler:
                 yield [(self.epoch, int(order[i // self.repeats]), int(i % self.repeats)) for i in chosen]
 
 
+Request = tuple[list[Key], int | None]  # the samples of a batch, and the slot to bring their pictures in
+
+
+class _Requests:
+    """The sampler's batches as requests: what :class:`_Answers` is asked for."""
+
+    def __init__(self, sampler: EpochSampler, slots: Slots | None) -> None:
+        self.sampler = sampler
+        self.slots = slots
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Request]:
+        if self.slots is not None:
+            self.slots.call_in()  # those of an epoch that was left in the middle; its answers have been thrown away
+        for keys in self.sampler:
+            yield keys, None if self.slots is None else self.slots.lend()
+
+
+class _Answers(Dataset):
+    """Answers requests with batches; an error is an answer too, as a worker's exception arrives as a traceback."""
+
+    def __init__(self, samples: Samples, slots: Slots | None) -> None:
+        self.samples = samples
+        self.slots = slots
+
+    def __getitems__(self, request: Request) -> Batch | DataError:
+        keys, slot = request
+        try:
+            if self.slots is None or slot is None:
+                return self.samples.batch(keys)
+            memory = self.slots.memory_of(slot)
+            batch = self.samples.batch(keys, memory)
+        except DataError as error:
+            return error
+        if batch.inputs.data_ptr() != memory.data_ptr():
+            return batch
+        parcel: Any = Parcel(self.slots, slot, batch.inputs)
+        return dataclasses.replace(batch, inputs=parcel)
+
+
 class Loader:
     """Iterates over :class:`Batch`; call :meth:`set_epoch` before each epoch of training.
 
@@ -279,16 +332,20 @@ class Loader:
         self.sampler = sampler
         self.max_corrupt = max_corrupt
         self.skipped: dict[str, str] = {}
+        forked = workers > 0 and sys.platform == "linux"
+        nbytes = sampler.batch_size * samples.nbytes
+        self._slots = Slots(_AHEAD * workers + _HELD, nbytes) if forked and nbytes else None
         self._loader: DataLoader = DataLoader(
-            samples,
-            batch_sampler=sampler,  # type: ignore[arg-type]  # torch asks for a Sampler only in its annotation
+            _Answers(samples, self._slots),
+            batch_sampler=_Requests(sampler, self._slots),  # type: ignore[arg-type]  # asked for: a Sampler
             num_workers=workers,
+            prefetch_factor=_AHEAD if workers else None,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             # Not forkserver, Python 3.14's default: it pickles the data set for every worker, and its workers outlive a
             # training process that was killed.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if forked else None,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # or each epoch would draw a number from torch's global one
         )
@@ -306,11 +363,13 @@ class Loader:
             with dead_workers_named():
                 batch = next(batches, None)
             if batch is None:
-                return
+                break
             if isinstance(batch, DataError):
                 raise batch
             self._count(batch.skipped)
             yield batch
+        if self._slots is not None:
+            self._slots.give_memory_back()  # to the loader whose turn is next
 
     def _count(self, skipped: dict[str, str]) -> None:
         if not skipped:
@@ -347,14 +406,12 @@ def dead_workers_named() -> Iterator[None]:
         ) from error
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """``torch.stack``; in a worker straight into the memory that it shares with the training process."""
-    if get_worker_info() is None:
-        return torch.stack(tensors)
+def _stacked(tensors: list[Tensor], memory: Tensor | None) -> Tensor:
+    """``torch.stack`` of uint8, into ``memory`` if there is enough."""
     count = len(tensors) * tensors[0].numel()
-    storage = torch.UntypedStorage._new_shared(count * tensors[0].element_size(), device="cpu")
-    flat = torch.empty(0, dtype=tensors[0].dtype).set_(storage, 0, (count,), (1,))  # type: ignore[call-overload]
-    return torch.stack(tensors, out=flat.view(len(tensors), *tensors[0].shape))
+    if memory is None or count > len(memory):
+        return torch.stack(tensors)
+    return torch.stack(tensors, out=memory[:count].view(len(tensors), *tensors[0].shape))
 
 
 def _as_is(batch: Any) -> Any:
