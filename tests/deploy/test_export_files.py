@@ -13,6 +13,7 @@ from torch import nn
 import zoo
 from zoo.deploy import formats
 from zoo.deploy.export import BATCHES, Exported
+from zoo.deploy.folder import EXPORTED, OPTIMISED, Kind
 from zoo.deploy.formats import Onnx, get_format, notes_of
 from zoo.deploy.program import copy_for_inference
 from zoo.errors import ConfigError, ExportError, WeightsError
@@ -152,6 +153,45 @@ def test_what_is_refused(small: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(ExportError, match="is not an exported model"):
         zoo.export(small, "onnx", tmp_path)
+
+
+# The beginnings of what a training run, an export and an optimised model write.
+MANIFESTS: dict[str, dict[str, Any]] = {
+    "a run": {"id": "1", "recipe": "", "data": "", "code": ""},
+    "an exported model": {"format": "onnx", "file": "model.onnx", "checks": [], "exported_at": ""},
+    "an optimised model": {"format": 1, "job": {}, "files": {}, "report": {}},
+}
+
+
+@pytest.mark.parametrize("kind", [EXPORTED, OPTIMISED], ids=lambda kind: kind.words)
+@pytest.mark.parametrize("there", MANIFESTS)
+def test_a_folder_takes_the_place_of_its_kind_alone(kind: Kind, there: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(MANIFESTS[there]))
+    (tmp_path / "out" / "model.safetensors").write_text("precious")
+
+    def write() -> None:
+        with kind.written(tmp_path / "out") as folder:
+            (folder / "new").touch()
+
+    if there == kind.words:
+        write()
+    else:
+        with pytest.raises(ExportError, match=f"exists and is not {kind.words}; expected a new folder"):
+            write()
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == (["new"] if there == kind.words else ["manifest.json", "model.safetensors"])
+
+
+def test_a_run_is_not_exported_over(small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_format("onnx"), "write", lambda model, example, path, **_: path.write_bytes(b"onnx"))
+    monkeypatch.setattr(get_format("onnx"), "load", lambda path: small)
+    zoo.export(small, "onnx", tmp_path / "out")
+    zoo.export(small, "onnx", tmp_path / "out")  # its own again
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(MANIFESTS["a run"]))
+    with pytest.raises(ExportError, match="is not an exported model"):
+        zoo.export(small, "onnx", tmp_path / "out")
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == b"onnx"
 
 
 @pytest.mark.slow

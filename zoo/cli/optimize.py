@@ -30,8 +30,11 @@ def optimize(
 
     import zoo
     from zoo.cli._output import console, print_json
+    from zoo.deploy.folder import OPTIMISED
     from zoo.deploy.source import load_for_shipping, read_pictures
 
+    if out is not None:
+        OPTIMISED.check_place(out)  # now rather than after the search
     shipped = load_for_shipping(model, img_size=img_size, random_weights=random_weights)
     samples = None if pictures is None else read_pictures(pictures, shipped.preprocessing)
     height, width = shipped.preprocessing.img_size

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +25,7 @@ from zoo.analysis.benchmark import machine
 from zoo.atomic import load_safetensors, save_safetensors, write_atomically
 from zoo.deploy import forms
 from zoo.deploy.engines import BUILT_HERE, Job, get_engine
+from zoo.deploy.folder import MANIFEST, OPTIMISED
 from zoo.deploy.program import tensors_of
 from zoo.errors import ConfigError, ExportError, ZooError, reason
 from zoo.factory import build
@@ -33,7 +33,7 @@ from zoo.pretrained.files import cache_folder, sha256_of
 from zoo.registry import config_from_json, config_of
 
 FORMAT = 1
-MANIFEST, CHECK, TENSORS = "manifest.json", "check.safetensors", "model.safetensors"
+CHECK, TENSORS = "check.safetensors", "model.safetensors"
 _SAME = 1e-3  # relative rms within which a stored answer is the same on another machine, in any precision
 
 _logger = logging.getLogger(__name__)
@@ -56,17 +56,12 @@ def save_artefact(
     Raises:
         ExportError: If something else is at ``path``, or the model cannot be saved in this form.
     """
-    if path.exists() and not (path / MANIFEST).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ExportError(f"{path} exists and is not an optimised model; expected a new folder.")
     if form is not None and not origin["config"]:
         raise ExportError(
             f"The fastest form is {job.engine!r}, which is saved as tensors for a model of the zoo; this is none, "
             f"and nothing could build it again. Optimise it with engines=['onnxruntime'], for example."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
+    with OPTIMISED.written(path) as folder:
         for file in sorted(files.iterdir()) if files is not None else ():
             if file.name not in (MANIFEST, CHECK):
                 shutil.copyfile(file, folder / file.name)
@@ -91,9 +86,6 @@ def save_artefact(
             _trust(manifest["files"])
         with write_atomically(folder / MANIFEST) as out:
             out.write(json.dumps(manifest, indent=2).encode())
-        if path.exists():
-            path.rename(Path(temporary) / "old")
-        folder.rename(path)
     return path
 
 

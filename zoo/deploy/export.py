@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.atomic import write_atomically
 from zoo.config import ImageConfig
+from zoo.deploy.folder import EXPORTED, MANIFEST
 from zoo.deploy.formats import Format, get_format, notes_of
 from zoo.deploy.program import copy_for_inference, fused
 from zoo.deploy.source import Shipped, load_for_shipping
@@ -22,7 +22,6 @@ from zoo.preprocessing import Preprocessing
 from zoo.pretrained.files import sha256_of
 
 TOLERANCE = 1e-4  # of max(1, std of the outputs): the most that a file may differ from eager
-MANIFEST = "manifest.json"
 BATCHES = (1, 2, 5)
 
 
@@ -117,8 +116,6 @@ def export(
     if pixels:
         original, ready = (PixelInput(each, shipped.preprocessing).eval() for each in (original, ready))
     folder = Path(out) if out is not None else Path(f"{shipped.name.replace('/', '-')}-{format}")
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder} exists and is not an exported model; expected a new folder.")
     height, width = shipped.preprocessing.img_size
     manifest: dict[str, Any] = {
         "format": format,
@@ -142,10 +139,7 @@ def export(
         "labels": list(shipped.labels),
         "multi_label": shipped.multi_label,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
+    with EXPORTED.written(folder) as new:
         file = new / kind.file
         example = _input(1, shipped.in_chans, height, width, pixels=pixels)
         kind.write(ready, example, file, free_size=free_size, notes=notes_of(manifest))
@@ -163,9 +157,6 @@ def export(
         manifest = json.loads(text)  # as whoever reads the file gets it: lists for tuples
         with write_atomically(new / MANIFEST) as manifest_file:
             manifest_file.write(text.encode())
-        if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        new.rename(folder)
     shape = ["B" if kind.free_batch else 1, shipped.in_chans, *(("H", "W") if free_size else (height, width))]
     return Exported(folder / kind.file, manifest, kind.snippet(folder / kind.file, shape))
 
