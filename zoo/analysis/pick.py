@@ -17,6 +17,7 @@ from zoo.registry import family_name, index, is_model, split_name
 
 PUBLISHED_ON = "imagenet-1k"
 AUTHORS = "zoo's authors"
+DEVICES = ("cpu", "cuda", "mps")
 RUNNERS_UP = 3
 SHORTLIST = 8  # models that are measured because their predicted latency fits
 MARGIN = 1.3  # times the budget that a predicted latency may take to be on the short list
@@ -164,11 +165,17 @@ def gather(
         runtime: Only this one, such as ``"eager, fused"``.
         precision: Only this one.
         threads: Only what was measured with so many.
+
+    Raises:
+        ConfigError: If there is no such device in any record, nor in torch.
     """
     shipped = [record for path in shipped_records() for record in read_records(path)]
     records = [replace(record, measured_by=AUTHORS) for record in shipped]  # a machine like theirs is not theirs
     if local_records().is_file():
         records += read_records(local_records())
+    known = dict.fromkeys([*DEVICES, *(record.device.partition(":")[0] for record in records)])
+    if device.partition(":")[0] not in known:
+        raise ConfigError(f"device is {device!r}; expected {', '.join(known)}.{nearest(device, known)}")
     return options(
         record
         for record in records
