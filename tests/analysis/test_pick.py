@@ -176,6 +176,7 @@ def test_nothing_measured_says_what_to_run(store: Path) -> None:
     "limits, message",
     [
         ({"latency": 3}, "no limit 'latency'; expected latency_ms"),
+        ({"device": "cpuu"}, r"device is 'cpuu'; expected cpu, cuda, mps\. Did you mean: cpu"),
         ({"latency_ms": -1}, "latency_ms is -1; expected a number above 0"),
         ({"size_mb": float("nan")}, "size_mb is nan"),
         ({"threads": 0}, "threads is 0; expected at least 1"),
