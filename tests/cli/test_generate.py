@@ -180,10 +180,14 @@ def test_mistakes(cli: Callable, file: Path, arguments: tuple[str, ...], message
     assert len(error.splitlines()) == 1
 
 
-def test_models_that_write_no_text(cli: Callable) -> None:
-    code, _, error = cli("generate", "efficientvit_m0.zoo_cifar10")
+@pytest.mark.parametrize("tag", ["zoo_cifar10", "r224_in1k"])  # the second would have to be fetched
+def test_models_that_write_no_text(cli: Callable, tag: str) -> None:
+    code, _, error = cli("generate", f"efficientvit_m0.{tag}")
     assert (code, len(error.splitlines())) == (2, 1)
-    assert "efficientvit_m0.zoo_cifar10 writes no text; expected a language model" in error
+    assert f"efficientvit_m0.{tag} writes no text; expected a language model" in error
+
+
+def test_a_model_that_does_not_exist(cli: Callable) -> None:
     assert "Did you mean: matmulfree_2m" in cli("generate", "matmulfre_2m")[2]
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import zoo
+from zoo.cli import main
 from zoo.deploy import forms
 from zoo.deploy.engines import CALIBRATION, Job, get_engine, register_engine
 from zoo.deploy.forms import Form, register_form
@@ -463,6 +464,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], picture
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--target", "tpu"), "Device 'tpu' cannot be used here"),
+        (("--precision", "fp32,int4"), "precision is 'int4'; expected 'auto' or fp32, bf16, fp16, int8."),
+        (("--engines", "onnxrunntime"), "There is no engine 'onnxrunntime'"),
+    ],
+)
+def test_the_command_refuses_before_it_fetches(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["optimize", "efficientvit_m0.r224_in1k", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_openvino_quantises_all_weights_but_the_last_layers(model: nn.Module, pictures: Tensor, tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     import numpy as np

@@ -31,10 +31,14 @@ def optimize(
     import zoo
     from zoo.cli._output import console, print_json
     from zoo.deploy.folder import OPTIMISED
+    from zoo.deploy.optimize import check_request
     from zoo.deploy.source import load_for_shipping, read_pictures
 
+    precisions = precision if precision == "auto" else precision.split(",")
+    names = engines.split(",") if engines else None
+    check_request(target, precisions, names)  # now rather than after a download
     if out is not None:
-        OPTIMISED.check_place(out)  # now rather than after the search
+        OPTIMISED.check_place(out)
     shipped = load_for_shipping(model, img_size=img_size, random_weights=random_weights)
     samples = None if pictures is None else read_pictures(pictures, shipped.preprocessing)
     height, width = shipped.preprocessing.img_size
@@ -43,10 +47,10 @@ def optimize(
         shipped.model,
         example if samples is None or len(samples) < batch else samples[:batch],
         target,
-        precision if precision == "auto" else precision.split(","),
+        precisions,
         tolerance,
         pictures=samples,
-        engines=engines.split(",") if engines else None,
+        engines=names,
         threads=threads,
         time_limit=time_limit,
     )

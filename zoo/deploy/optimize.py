@@ -275,9 +275,9 @@ def optimize(
         >>> packed.generate(tokens); packed.model
     """
     deadline = time.monotonic() + time_limit
-    check_device(target)
+    check_request(target, precision, engines)
     asked = _precisions(precision, pictures is not None)
-    names, named = _engines(engines), engines is not None or precision != "auto"
+    names, named = engines, engines is not None or precision != "auto"
     inputs = _as_example(model, example)
     prompted = example is None and not inputs[0].is_floating_point()
     if prompted and names is None:
@@ -678,26 +678,26 @@ def _seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _precisions(precision: str | Sequence[str], pictures: bool) -> list[str]:
-    if precision == "auto":
-        return ["fp32", "bf16", *(["int8"] if pictures else [])]
-    given = [precision] if isinstance(precision, str) else list(precision)
+def check_request(target: str, precision: str | Sequence[str], engines: Sequence[str] | None) -> None:
+    """Raise ConfigError if target, precision or an engine is not there."""
+    check_device(target)
+    given = [] if precision == "auto" else [precision] if isinstance(precision, str) else precision
     for each in given:
         if each not in PRECISIONS:
             raise ConfigError(
                 f"precision is {each!r}; expected 'auto' or {', '.join(PRECISIONS)}.{nearest(each, PRECISIONS)}"
             )
-    return ["fp32", *(each for each in PRECISIONS if each in given and each != "fp32")]
-
-
-def _engines(engines: Sequence[str] | None) -> list[str] | None:
-    if engines is None:
-        return None
     known = [*forms.form_names(), *engine_names()]
-    for name in engines:
+    for name in engines or ():
         if name not in known:
             raise ConfigError(f"There is no engine {name!r}; there are {', '.join(known)}.{nearest(name, known)}")
-    return list(engines)
+
+
+def _precisions(precision: str | Sequence[str], pictures: bool) -> list[str]:
+    if precision == "auto":
+        return ["fp32", "bf16", *(["int8"] if pictures else [])]
+    given = [precision] if isinstance(precision, str) else precision
+    return ["fp32", *(each for each in PRECISIONS if each in given and each != "fp32")]
 
 
 def _is_language_model(model: nn.Module) -> bool:
