@@ -166,8 +166,13 @@ def test_a_damaged_picture_is_one_clear_line_from_any_process(tmp_path: Path, wo
     (tmp_path / "cat" / "bad.png").write_bytes(b"no picture")
     dataset = ImageSamples(FolderSource(tmp_path), np.arange(1), EvalTransform(PREPROCESSING), seed=0)
     loader = Loader(dataset, EpochSampler(1, 1, shuffle=False), workers=workers)
-    with pytest.raises(DataError, match=r"^/.*/cat/bad.png is not a picture of any format that Pillow reads.$"):
+    with pytest.raises(
+        DataError, match=r"^/.*/cat/bad.png is not a picture of any format that Pillow reads. data.max_corrupt=10 would"
+    ):
         list(loader)
+    tolerant = Loader(dataset, EpochSampler(1, 1, shuffle=False), workers=workers, max_corrupt=1)
+    with pytest.raises(DataError, match=r"^Not one sample could be read. /.*/cat/bad.png is not a picture "):
+        list(tolerant)
 
 
 @pytest.fixture
@@ -199,9 +204,11 @@ def test_damaged_pictures_are_replaced_in_training(damaged: Path, workers: int) 
         [epoch_of(strict, epoch) for strict in [loader(2)] for epoch in (0, 1)]
 
 
-def test_damaged_pictures_are_left_out_of_an_evaluation(damaged: Path) -> None:
+@pytest.mark.parametrize("batch_size, workers", [(8, 0), (1, 0), (1, 1)])
+def test_damaged_pictures_are_left_out_of_an_evaluation(damaged: Path, batch_size: int, workers: int) -> None:
+    """Also where they are all that a batch has."""
     samples = ImageSamples(FolderSource(damaged), np.arange(60), EvalTransform(PREPROCESSING), seed=0)
-    loader = Loader(samples, EpochSampler(60, 8, shuffle=False), max_corrupt=3)
+    loader = Loader(samples, EpochSampler(60, batch_size, shuffle=False), workers=workers, max_corrupt=3)
     seen = torch.cat([batch.indices for batch in loader])
     assert len(seen) == 57
     assert len(loader.skipped) == 3

@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from PIL import Image
 from torch import nn
 
 import zoo
@@ -457,6 +458,19 @@ def test_some_damaged_pictures_may_be_skipped(
     page = (result.folder / "report.html").read_text()
     assert "2 samples could not be read" in page
     assert str(tmp_path / "data" / "red" / "03.png") in page
+
+
+def test_the_sample_picture_is_one_that_can_be_read(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(class_folder, data / split)
+    (data / "val" / "blue" / "00.png").write_bytes(b"")
+    changes = {"data.name": str(data), "data.val_split": "val", "schedule.epochs": 1}
+    with pytest.raises(DataError, match=r"00.png is empty; expected a picture.$"):
+        train(tiny_recipe(**changes), tmp_path / "run", quiet=True)
+    result = train(tiny_recipe(**changes, **{"data.max_corrupt": 1}), tmp_path / "run", quiet=True)
+    expected = Image.open(data / "val" / "blue" / "01.png").tobytes()
+    assert Image.open(result.folder / "sample.png").tobytes() == expected
 
 
 def test_a_split_of_its_own_for_validation(tiny_recipe: Callable, class_folder: Path, tmp_path: Path) -> None:

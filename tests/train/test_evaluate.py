@@ -3,12 +3,18 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
+from accelerate import Accelerator
 
-from zoo.errors import DataError, WeightsError
+from zoo.errors import DataError, RecipeError, TrainingError, WeightsError
+from zoo.train import evaluate
 from zoo.train.engine import train
 from zoo.train.evaluate import evaluate_run
+from zoo.train.tasks import eval_loader
 
 
 @pytest.mark.parametrize("changes", [{}, {"train.ema": 0.5}, {"train.precision": "bf16"}], ids=str)
@@ -38,6 +44,32 @@ def test_the_recipes_test_split_comes_first(run: Path) -> None:
     assert (figures["split"], figures["samples"]) == ("test", 30)
     assert evaluate_run(run, split="heldout")["samples"] == 12
     assert evaluate_run(run, split="train")["samples"] == 60
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_passes_shrink_until_memory_has_them(run: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    expected, tried, whole = evaluate_run(run), [], evaluate.evaluate
+
+    def limited(model: Any, loader: Any, *options: Any) -> dict[str, float]:
+        tried.append(loader.sampler.batch_size)
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError
+        return whole(model, loader, *options)
+
+    monkeypatch.setattr(evaluate, "evaluate", limited)
+    if most:
+        assert evaluate_run(run) == pytest.approx(expected)
+        assert tried == [8, 4, 2]
+    else:
+        with pytest.raises(TrainingError, match=r"^Out of memory with one sample a pass\.$"):
+            evaluate_run(run)
+
+
+def test_more_processes_than_samples_are_refused(tiny_recipe: Callable) -> None:
+    many = cast(Accelerator, SimpleNamespace(num_processes=13, process_index=12))
+    message = r"^13 processes are more than the 12 samples to evaluate on; start fewer, or raise data.holdout.$"
+    with pytest.raises(RecipeError, match=message):
+        eval_loader(cast(Any, range(12)), tiny_recipe(), 8, many)
 
 
 def test_data_that_has_moved(run: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """What papers' recipes and fine-tuning ask of the loop: parts that are trained, losses, repeats, early ends."""
 
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from zoo.train.partial import without_adapters
 from zoo.train.recipe import Loss, resolve
 from zoo.train.run_folder import RunFolder
 from zoo.train.schedule import learning_rate
-from zoo.train.tasks import LabelsLoss
+from zoo.train.tasks import ImageClassification, LabelsLoss
 
 
 @pytest.fixture
@@ -71,8 +73,12 @@ def test_passes_shrink_until_memory_has_them(
     tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = _Run._optimiser_step
+    tried: list[weakref.ref] = []
 
     def limited(self: _Run, batches: object) -> torch.Tensor:
+        if not any(run() is self for run in tried):
+            assert [run() for run in tried] == [None] * len(tried)  # their memory is free again
+            tried.append(weakref.ref(self))
         if self.micro_batch > 2:
             raise torch.OutOfMemoryError
         return step(self, batches)
@@ -83,8 +89,45 @@ def test_passes_shrink_until_memory_has_them(
     assert result.epoch == 1
     found = evaluate_run(result.folder)
     assert {key: found[key] for key in result.metrics} == pytest.approx(result.metrics)
+    tried.clear()
     with pytest.raises(zoo.errors.TrainingError, match=r"^Out of memory at step 0"):
         train(recipe.replace(**{"train.micro_batch": 4}), tmp_path / "other", quiet=True)
+
+
+def test_passes_shrink_to_sizes_that_the_task_takes(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def fail(self: _Run, batches: object) -> None:
+        tried.append(self.micro_batch)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine._Run, "_optimiser_step", fail)
+    recipe = tiny_recipe(**{"train.micro_batch": -1, "train.batch_size": 12, "augment.mixup": 0.5})
+    with pytest.raises(zoo.errors.TrainingError, match=r"^Out of memory at step 0. .* \(now 2\)"):
+        train(recipe, tmp_path / "run", quiet=True)
+    assert tried == [12, 6, 2]
+
+
+def test_the_report_is_made_in_passes_that_memory_has(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    illustrate, tried = ImageClassification.illustrate, []
+
+    def limited(self: ImageClassification, page: Any, model: Any, accelerator: Any, batch_size: int) -> None:
+        tried.append(batch_size)
+        if batch_size > 2:
+            raise torch.OutOfMemoryError
+        illustrate(self, page, model, accelerator, batch_size)
+
+    monkeypatch.setattr(ImageClassification, "illustrate", limited)
+    recipe = tiny_recipe(**{"train.micro_batch": 4, "schedule.epochs": 1})
+    with pytest.raises(zoo.errors.TrainingError, match=r"^Out of memory at step 6. To go on, lower train.micro_batch"):
+        train(recipe, tmp_path / "fixed", quiet=True)
+    train(recipe.replace(**{"train.micro_batch": -1}), tmp_path / "run", quiet=True)
+    assert tried == [4, 8, 4, 2]
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_repeats_come_one_after_the_other_and_cover_a_part() -> None:

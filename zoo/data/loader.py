@@ -121,7 +121,7 @@ class ImageSamples(Samples):
         transform: Its random numbers are drawn from (seed, epoch, sample).
         seed: See there.
         replace: Put another picture, drawn from the same numbers, in the place of one that cannot be read, as training
-            needs batches of equal size; else it is left out.
+            needs batches of equal size; else it is left out, and a batch may be empty.
     """
 
     def __init__(
@@ -160,7 +160,10 @@ class ImageSamples(Samples):
                     break
                 position = derive_seed(self.seed, epoch, position, attempt) % len(self)
         if not samples:  # nothing to make a batch of
-            raise DataError(next(iter(skipped.values())))
+            if self.replace:
+                raise DataError(next(iter(skipped.values())))
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Batch(nothing, nothing, nothing, skipped=skipped)
         pictures, patches, labels = zip(*samples, strict=True)
         # Pixel by pixel in memory, as they were decoded and as convolutions like them best.
         inputs = _stacked([picture.permute(1, 2, 0) for picture in pictures], memory).permute(0, 3, 1, 2)
@@ -315,7 +318,7 @@ class _Answers(Dataset):
 
 
 class Loader:
-    """Iterates over :class:`Batch`; call :meth:`set_epoch` before each epoch of training.
+    """Iterates over :class:`Batch`, empty ones left out; call :meth:`set_epoch` before each epoch of training.
 
     Attributes:
         skipped: What could not be read so far: where it is, and why.
@@ -359,6 +362,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._loader)
+        some, unread = False, ""
         while True:
             with dead_workers_named():
                 batch = next(batches, None)
@@ -367,7 +371,13 @@ class Loader:
             if isinstance(batch, DataError):
                 raise batch
             self._count(batch.skipped)
-            yield batch
+            if len(batch.indices):
+                some = True
+                yield batch
+            else:
+                unread = next(iter(batch.skipped.values()))
+        if unread and not some:
+            raise DataError(f"Not one sample could be read. {unread}")
         if self._slots is not None:
             self._slots.give_memory_back()  # to the loader whose turn is next
 

@@ -18,6 +18,11 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def make_accelerator(precision: str, *, sharding: str = "", offload: bool = False, **options: Any) -> Accelerator:
     """An accelerator of this precision, whatever an earlier run in this process had.
 

@@ -15,14 +15,14 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, release_memory
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -38,7 +38,7 @@ from zoo.pretrained.load import fit_state_dict, load_state_dict
 from zoo.registry import config_of, family_of
 from zoo.train import report
 from zoo.train.checkpoint import load_checkpoint, save_checkpoint, write
-from zoo.train.device import make_accelerator
+from zoo.train.device import is_out_of_memory, make_accelerator
 from zoo.train.partial import batch_norm_momentum, only_head, with_adapters, without_adapters
 from zoo.train.progress import Progress
 from zoo.train.recipe import Optim, Recipe, Train, load_recipe
@@ -98,7 +98,15 @@ class Result:
 
 
 class _OutOfMemory(TrainingError):
-    """A pass had more samples than memory takes."""
+    """A pass had more samples than memory takes.
+
+    Attributes:
+        smaller: The size of passes to try next; 0 if there is none.
+    """
+
+    def __init__(self, message: str, smaller: int) -> None:
+        super().__init__(message)
+        self.smaller = smaller
 
 
 def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Result:
@@ -133,18 +141,16 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, quiet: bool 
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"Cannot make the run folder {folder.path}: {error.strerror}.") from error
-    if recipe.train.micro_batch >= 0:
-        return _Run(recipe, folder, quiet=quiet).run()
-    limit = recipe.train.batch_size
+    limit: int | None = None  # the recipe's
     while True:
         try:
             return _Run(recipe, folder, quiet=quiet, micro_batch=limit).run()
-        except _OutOfMemory:
-            if limit == 1:
+        except _OutOfMemory as error:
+            limit = error.smaller
+            if recipe.train.micro_batch >= 0 or not limit:
                 raise
-            limit //= 2
-            _logger.warning("out of memory: going on with passes of %d samples, accumulated to the same batch", limit)
-            torch.cuda.empty_cache()
+        _logger.warning("out of memory: going on with passes of %d samples, accumulated to the same batch", limit)
+        release_memory()  # not in the handler, where the traceback still holds the run that failed
 
 
 class _Run:
@@ -180,11 +186,6 @@ class _Run:
         if self.full_epoch == 0:
             raise RecipeError(
                 f"train.batch_size {recipe.train.batch_size} is more than the {size} training samples; lower it."
-            )
-        if self._sharing.splits and len(self.task.val_samples) < self.accelerator.num_processes:
-            raise RecipeError(
-                f"{self.accelerator.num_processes} processes share the model out, more than the "
-                f"{len(self.task.val_samples)} held-out samples; raise data.holdout."
             )
         self.pruning = _make_pruning(recipe, size)
         self.train_loader = self._make_train_loader()
@@ -275,18 +276,25 @@ class _Run:
         self.progress.announce()
         self._clock = time.perf_counter()
         try:
-            with self.progress, _on_sigterm(self._terminate), dead_workers_named():
-                while not self._finished:
-                    self._train_epoch()
-                    self._finish_epoch()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            try:
+                with self.progress, _on_sigterm(self._terminate), dead_workers_named():
+                    while not self._finished:
+                        self._train_epoch()
+                        self._finish_epoch()
+            finally:
+                stop_trackers(self.accelerator)
+                self.train_loader.close()
+                self.val_loader.close()
+            with dead_workers_named():
+                return self._end()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             raise self._out_of_memory() from error
-        finally:
-            stop_trackers(self.accelerator)
-            self.train_loader.close()
-            self.val_loader.close()
+
+    def _end(self) -> Result:
+        """Write the report and the result."""
+        folder = self.folder
         raw = _figures(self.best, "val_")
         result = Result(folder.path, _figures(self.best), int(self.best["epoch"]), self.seconds, raw)
         if self.accelerator.is_main_process:
@@ -330,7 +338,7 @@ class _Run:
         ]
         title = f"{recipe.model.name} on {recipe.data.name}"
         page = report.Page(title, self.history, facts, skipped=self._skipped)
-        self.task.illustrate(page, model, self.accelerator)
+        self.task.illustrate(page, model, self.accelerator, self.micro_batch)
         report.write_report(page, self.folder.report)
 
     def _energy(self) -> str:
@@ -513,7 +521,18 @@ class _Run:
             advice.append("use train.precision='bf16'")
         if not train.checkpoint_activations:
             advice.append("set train.checkpoint_activations=true")
-        return _OutOfMemory(f"Out of memory at step {self.step}. To go on, {', or '.join(advice)}.")
+        return _OutOfMemory(
+            f"Out of memory at step {self.step}. To go on, {', or '.join(advice)}.", self._smaller_passes()
+        )
+
+    def _smaller_passes(self) -> int:
+        """The largest size of passes, of at most half of the present one's, that fits batch and task; 0 for none."""
+        for size in range(self.micro_batch // 2, 0, -1):
+            if self.micro_batch * self.accumulate % size == 0:
+                with suppress(RecipeError):
+                    self.task.check_batch(size)
+                    return size
+        return 0
 
     def _finish_epoch(self) -> None:
         recipe, accelerator, scoring = self.recipe, self.accelerator, self.task.scoring
@@ -738,8 +757,7 @@ def _figures(row: dict[str, float], prefix: str = "") -> dict[str, float]:
 
 def _read_result(folder: RunFolder) -> Result:
     values = read_json(folder.result)
-    raw = values.get("raw", {})  # runs before 0.1 have none
-    return Result(folder.path, values["metrics"], values["epoch"], values["seconds"], raw)
+    return Result(folder.path, values["metrics"], values["epoch"], values["seconds"], values["raw"])
 
 
 def _check_same_recipe(folder: RunFolder, recipe: Recipe) -> None:

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import release_memory
+from torch import nn
 
 from zoo.data.loader import Samples, TextSamples, dead_workers_named
 from zoo.data.sources import stratified_holdout
 from zoo.data.tokens import Rows
-from zoo.errors import RecipeError
+from zoo.errors import RecipeError, TrainingError
 from zoo.inference import Classifier, as_classifier, load_model
-from zoo.train.device import make_accelerator
+from zoo.train.device import is_out_of_memory, make_accelerator
 from zoo.train.recipe import Recipe, load_recipe
 from zoo.train.run_folder import RunFolder
 from zoo.train.scoring import Scoring, TextScoring, evaluate, image_scoring
@@ -36,6 +39,8 @@ def evaluate_run(
     Raises:
         WeightsError: If this is not a run folder.
         DataError: If the data cannot be read, or it has a class that the run has not.
+        RecipeError: If there are more processes than samples.
+        TrainingError: If memory runs out with one sample a pass, or, with several processes, at all.
     """
     model, record = load_model(path, weights=weights)
     recipe = load_recipe(RunFolder(Path(path)).recipe)
@@ -59,11 +64,33 @@ def evaluate_run(
     model = model.to(accelerator.device)
     if recipe.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train = recipe.train
-    batch_size = min(train.micro_batch, train.batch_size) if train.micro_batch > 0 else train.batch_size
-    with dead_workers_named():
-        figures = evaluate(model, eval_loader(samples, recipe, batch_size, accelerator), scoring, accelerator)
+    figures = _figures(model, samples, recipe, scoring, accelerator)
     return {"split": split, "samples": len(samples), **figures}
+
+
+def _figures(
+    model: nn.Module, samples: Samples, recipe: Recipe, scoring: Scoring, accelerator: Accelerator
+) -> dict[str, float]:
+    """In passes as in training, as far as memory has them."""
+    limit, world = recipe.train.micro_batch, accelerator.num_processes
+    size = max(recipe.train.batch_size // world, 1)
+    if limit > 0:
+        size = min(size, limit)
+    while True:
+        try:
+            with dead_workers_named():
+                return evaluate(model, eval_loader(samples, recipe, size, accelerator), scoring, accelerator)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if world > 1:  # the others wait for this one
+                raise TrainingError(
+                    f"Out of memory with passes of {size} samples; one process alone would try smaller ones."
+                ) from error
+            if size == 1:
+                raise TrainingError("Out of memory with one sample a pass.") from error
+        size //= 2
+        release_memory()  # not in the handler, where the traceback still holds what was computed
 
 
 def _pictures(recipe: Recipe, classifier: Classifier, split: str, root: str) -> Samples:

@@ -193,7 +193,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Loader, scoring: Scoring, accelerator: Accelerator) -> dict[str, float]:
-    """The figures of a model over all processes' batches."""
+    """The figures of a model over all processes' batches, of which each process has one or more."""
     was_training = model.training
     model.eval()
     scores = []
@@ -201,7 +201,7 @@ def evaluate(model: nn.Module, loader: Loader, scoring: Scoring, accelerator: Ac
         batch = scoring.prepare(batch, accelerator.device)
         with accelerator.autocast():
             scores.append(scoring.score(model, batch))
-    # A model that is shared out is run by all processes at once, also by those that have a batch fewer.
+    # A model that is shared out is run by all processes at once, also by those that have fewer batches.
     for _ in range(len(loader) - len(scores)):
         with accelerator.autocast():
             scoring.score(model, batch)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,11 @@ class Task(ABC):
         """Write what is needed to use the model."""
 
     @abstractmethod
-    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator) -> None:
-        """Add to a report what the finished model does on the validation samples; runs on the main process alone."""
+    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator, batch_size: int) -> None:
+        """Add to a report what the finished model does on the validation samples, with at most ``batch_size`` a pass.
+
+        Runs on the main process alone.
+        """
 
     @abstractmethod
     def data_hash(self) -> str:
@@ -214,20 +218,31 @@ class ImageClassification(Task):
     def write_record(self, folder: RunFolder, config: Any) -> None:
         about = self.preprocessing, self.classes
         ModelRecord(self.recipe.model.name, config, *about, multi_label=self.multi_label).write(folder)
-        index = int(self.val_indices[0])
-        sample = decode_image(self.val_source.encoded(index), self.val_source.describe(index))
+        sample = self._sample()
         with write_file(folder.sample) as file:
             sample.save(file, "PNG")
 
+    def _sample(self) -> Image.Image:
+        """The first held-out picture, or the next in the place of one that may be skipped."""
+        *spare, last = self.val_indices[: self.recipe.data.max_corrupt + 1].tolist()
+        for index in spare:
+            with suppress(DataError):
+                return self._decoded(index)
+        return self._decoded(last)
+
+    def _decoded(self, index: int) -> Image.Image:
+        return decode_image(self.val_source.encoded(index), self.val_source.describe(index))
+
     @torch.no_grad()
-    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator) -> None:
+    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator, batch_size: int) -> None:
         """The confusion matrix, or every class's figures; the pictures of which the model is the surest and wrong."""
         num_classes = len(self.classes)
         counts = np.zeros((num_classes, num_classes), dtype=np.int64)
         answers, truth = [], []  # of several labels
         wrong: list[tuple[float, int, int]] = []  # (probability, position, answer)
-        sampler = EpochSampler(len(self.val_samples), self.recipe.train.batch_size, shuffle=False)
-        for batch in Loader(self.val_samples, sampler, max_corrupt=len(self.val_samples)):
+        sampler = EpochSampler(len(self.val_samples), batch_size, shuffle=False)
+        allowed = len(self.val_samples)  # they were counted before
+        for batch in Loader(self.val_samples, sampler, workers=self.recipe.data.workers, max_corrupt=allowed):
             batch = self.scoring.prepare(batch, accelerator.device)
             with accelerator.autocast():
                 logits = model(batch.inputs).float().cpu()
@@ -262,8 +277,7 @@ class ImageClassification(Task):
         index, name = int(self.val_indices[position]), self.classes[answer]
         labels = self.val_source.class_names_of(index)
         denied = "not " if name in labels else ""
-        image = decode_image(self.val_source.encoded(index), self.val_source.describe(index))
-        return image, f"{denied}{name} ({probability:.0%}), is {', '.join(labels) or 'none'}"
+        return self._decoded(index), f"{denied}{name} ({probability:.0%}), is {', '.join(labels) or 'none'}"
 
     def data_hash(self) -> str:
         digest = hashlib.sha256("\n".join(self.classes).encode())
@@ -380,7 +394,7 @@ class LanguageModelling(Task):
         ModelRecord(self.recipe.model.name, config, None, (), tokenizer=self.tokens.tokenizer).write(folder)
 
     @torch.no_grad()
-    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator) -> None:
+    def illustrate(self, page: Page, model: nn.Module, accelerator: Accelerator, batch_size: int) -> None:
         """What the model writes after the beginnings of some held-out rows, always taking a likely next token."""
         tokenizer = load_tokenizer(self.tokens.tokenizer)
         rows = self.val_samples.rows
@@ -476,7 +490,16 @@ def eval_samples(source: ImageSource, indices: np.ndarray, preprocessing: Prepro
 
 
 def eval_loader(samples: Samples, recipe: Recipe, batch_size: int, accelerator: Accelerator) -> Loader:
-    """Batches for evaluation: in order, every sample exactly once over all processes."""
+    """Batches for evaluation: in order, every sample exactly once over all processes.
+
+    Raises:
+        RecipeError: If a process would have none.
+    """
+    if len(samples) < accelerator.num_processes:
+        raise RecipeError(
+            f"{accelerator.num_processes} processes are more than the {len(samples)} samples to evaluate on; start "
+            "fewer, or raise data.holdout."
+        )
     sampler = EpochSampler(
         len(samples), batch_size, shuffle=False, rank=accelerator.process_index, world=accelerator.num_processes
     )
