@@ -434,5 +434,10 @@ def test_a_stream_is_shuffled_by_seed_and_epoch(streamed: Path, buffer: int, mon
 def test_a_stream_needs_a_hub_or_parquet(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no parquet files; data.streaming reads those, or a Hub data set.$"):
         open_stream(str(tmp_path))
+    with pytest.raises(DataError, match=r"^data.root is '/no/such', which is not there; expected a folder.$"):
+        open_stream("owner/name", root="/no/such")
+    (tmp_path / "train.parquet").touch()
+    with pytest.raises(DataError, match=r"^data.root is '.*/train.parquet', which is a file; expected a folder.$"):
+        open_stream("owner/name", root=str(tmp_path / "train.parquet"))
     with pytest.raises(DataError, match=r"^Cannot load data set 'owner/name', split 'train': "):
         open_stream("owner/name")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from zoo.data.pruning import LossPruning, RandomPruning
 from zoo.data.text import open_documents
 from zoo.data.tokens import write_tokens
 from zoo.errors import DataError, RecipeError, WeightsError
-from zoo.inference import load_run
+from zoo.inference import Classifier, load_run
+from zoo.preprocessing import Preprocessing
 from zoo.train.engine import _Run, train
 from zoo.train.evaluate import evaluate_run
 from zoo.train.recipe import Recipe, resolve
@@ -165,6 +167,21 @@ def test_a_teacher_is_learned_from(tiny_recipe: Callable, teacher: Path, tmp_pat
         assert own.max() < 1e-5 if kind == "soft" else own.max() < losses.max()
     result = train(recipe.replace(**{"schedule.epochs": 1}), tmp_path / "trained", quiet=True)
     assert 0 < rows_of(result.folder)[0]["train_loss"] < 5
+
+
+@pytest.mark.parametrize("student", ["efficientformer_l1", "efficientvit_m0"])
+def test_features_are_those_before_either_of_two_classifiers(
+    tiny_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: str
+) -> None:
+    small = {"depths": [1, 1, 1, 1], "widths": [8, 8, 16, 16], "img_size": 32}
+    own = small if student == "efficientformer_l1" else tiny_recipe().model.overrides
+    model: Any = zoo.create_model("efficientformer_l1", num_classes=3, **small)
+    monkeypatch.setattr("zoo.train.distill.load_teacher", lambda name: Classifier(model, Preprocessing(), ("a",) * 3))
+    changes = {"model.name": student, "model.overrides": own, "distill.teacher": "it", "distill.kind": "feature"}
+    run = _Run(tiny_recipe(**changes), RunFolder(tmp_path / "run"), quiet=True)
+    run.train_loader.set_epoch(0)
+    batch = run.task.scoring.prepare(next(iter(run.train_loader)), torch.device("cpu"))
+    assert run.task.losses(run.model, batch).shape == (8,)
 
 
 def test_a_teacher_of_other_classes_is_refused(tiny_recipe: Callable, tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ class Teacher:
         if distill.kind == "feature":
             both: tuple[tuple[bool, Any], ...] = ((False, student), (True, self.model))
             for which, each in both:
-                each.get_classifier().register_forward_pre_hook(self._keep(which))
+                classifier = each.get_classifier()
+                first = classifier[0] if isinstance(classifier, tuple) else classifier  # of two, which see the same
+                first.register_forward_pre_hook(self._keep(which))
 
     def _keep(self, which: bool) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -44,7 +44,7 @@ def open_source(name: str, *, split: str = "train", root: str = "") -> ImageSour
     if place.is_dir():
         return _open_folder(place, split)
     if root:
-        raise DataError(f"data.root is {root!r}, which is not there; expected a folder.")
+        raise _no_folder(root)
     if is_hub_name(name):
         return HubSource(name, split)
     raise DataError(
@@ -74,7 +74,14 @@ def open_stream(
         return StreamSource(
             load_hub("parquet", split, data_files={split: files}, streaming=True), str(place), size=size, seed=seed
         )
+    if root:
+        raise _no_folder(root)
     return StreamSource(load_hub(name, split, streaming=True), f"{name}[{split}]", size=size, seed=seed)
+
+
+def _no_folder(root: str) -> DataError:
+    found = "a file" if Path(root).expanduser().is_file() else "not there"
+    return DataError(f"data.root is {root!r}, which is {found}; expected a folder.")
 
 
 def is_hub_name(name: str) -> bool:
