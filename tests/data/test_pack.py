@@ -69,14 +69,48 @@ def test_shards_hold_the_same_pictures(class_folder: Path, tmp_path: Path, per_s
 def test_packing_leaves_out_what_is_no_picture(mixed: Path, tmp_path: Path) -> None:
     (mixed / "red" / "05.png").write_bytes(b"text")
     skipped = pack_pictures(FolderSource(mixed), tmp_path / "out", "train")
-    assert sorted(skipped) == [str(mixed / name) for name in ("green/03.png", "red/05.png")]
-    assert len(open_source(str(tmp_path / "out"))) == 43
+    assert sorted(skipped) == [str(mixed / name) for name in ("green/03.png", "green/04.png", "red/05.png")]
+    assert len(open_source(str(tmp_path / "out"))) == 42
+
+
+@pytest.mark.parametrize("kind, cut", [("JPEG", 9), ("PNG", 30), ("WEBP", 9), ("BMP", 9)])
+def test_packing_leaves_out_what_is_cut_short(tmp_path: Path, kind: str, cut: int) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    image = Image.effect_noise((40, 32), 50).convert("RGB")
+    for i, appended in enumerate((b"", b"x" * 100)):
+        image.save(tmp_path / "in" / "cat" / f"{i}.png", kind)
+        with (tmp_path / "in" / "cat" / f"{i}.png").open("ab") as file:
+            file.write(appended)
+    whole = (tmp_path / "in" / "cat" / "0.png").read_bytes()
+    (tmp_path / "in" / "cat" / "2.png").write_bytes(whole[:-cut])
+    skipped = pack_pictures(FolderSource(tmp_path / "in"), tmp_path / "out", "train")
+    assert list(skipped) == [str(tmp_path / "in" / "cat" / "2.png")]
+
+
+def test_pictures_of_phones_are_packed(tmp_path: Path) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    image = Image.new("RGB", (8, 8))
+    image.save(tmp_path / "in" / "cat" / "0.jpg", "MPO", save_all=True, append_images=[image])
+    assert pack_pictures(FolderSource(tmp_path / "in"), tmp_path / "out", "train") == {}
+
+
+def test_shards_are_gone_on_with_as_they_were_begun(class_folder: Path, tmp_path: Path) -> None:
+    source = FolderSource(class_folder)
+    pack_pictures(source, tmp_path, "train", per_shard=30)
+    with pytest.raises(DataError, match=r"shards of 'train' of 60 pictures, 30 in each; expected 60, 20 in each, or "):
+        pack_pictures(source, tmp_path, "train", per_shard=20)
+    pack_pictures(source, tmp_path, "test", per_shard=20)
+    (tmp_path / "train.json").unlink()
+    with pytest.raises(
+        DataError, match=r"shards of 'train' and no train.json that says of what; expected 60, 30 in each, or another"
+    ):
+        pack_pictures(source, tmp_path, "train", per_shard=30)
 
 
 def test_packing_pictures_goes_on_where_it_was_interrupted(
     class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fsync, left = os.fsync, 3
+    fsync, left = os.fsync, 4
 
     def fill_up(descriptor: int) -> None:
         nonlocal left

@@ -81,6 +81,16 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         return as_rgb(image)
 
 
+def image_format(data: bytes, name: str) -> str:
+    """Pillow's name of a picture's format, from its header alone.
+
+    Raises:
+        DataError: As for :func:`decode_image`, but for what comes after the header.
+    """
+    with _opened(data, name) as image:
+        return image.format or ""
+
+
 def decode_crop(data: bytes, name: str, choose: Callable[[int, int], Box], size: tuple[int, int]) -> Tensor:
     """A part of a picture, not resized yet, decoded with no more work than ``size`` needs.
 

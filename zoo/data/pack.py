@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from zoo.atomic import write_atomically
+from zoo.data.image import decode_image, image_format
 from zoo.data.sources import ImageSource
+from zoo.data.sources.files import read_classes
 from zoo.errors import DataError
 
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
+_SUFFIXES = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "PPM": "ppm",
+}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what a whole file has in its last bytes
+_TAIL = 64  # bytes
 
 
 def pack_pictures(
@@ -27,7 +39,8 @@ def pack_pictures(
 ) -> dict[str, str]:
     """Write ``<split>-00000.tar``, ... and ``classes.txt`` into the folder ``out``; an interrupted call goes on.
 
-    The pictures are copied byte for byte, in the source's order; what is no picture is left out.
+    ``<split>.json`` says how the pictures are shared out among the shards. They are copied byte for byte, in the
+    source's order; what is no picture, or one that is cut short, is left out.
 
     Args:
         source: The pictures; the same on every call.
@@ -40,17 +53,19 @@ def pack_pictures(
         What was left out of the shards that this call wrote: where it is, and why.
 
     Raises:
-        DataError: If a file cannot be written, or the folder holds shards of other classes.
+        DataError: If a file cannot be written, or the folder holds shards of other classes, of as many pictures as
+            another ``per_shard`` says, or of another number of pictures.
     """
     skipped: dict[str, str] = {}
     names = "".join(f"{name}\n" for name in source.classes)
     try:
         out.mkdir(parents=True, exist_ok=True)
         classes = out / "classes.txt"
-        if classes.is_file() and classes.read_text(encoding="utf-8") != names:
+        if classes.is_file() and read_classes(out) != names.splitlines():
             raise DataError(f"{out} holds shards of other classes; choose another folder.")
         with write_atomically(classes) as file:
             file.write(names.encode())
+        _record(out, split, per_shard, len(source))
         for number, first in enumerate(range(0, len(source), per_shard)):
             last = min(first + per_shard, len(source))
             shard = out / f"{split}-{number:05d}.tar"
@@ -65,21 +80,45 @@ def pack_pictures(
     return skipped
 
 
+def _record(out: Path, split: str, per_shard: int, count: int) -> None:
+    """Write how the pictures are shared out, or refuse to go on with shards that do it otherwise."""
+    path = out / f"{split}.json"
+    values = {"per_shard": per_shard, "pictures": count}
+    if any(out.glob(f"{split}-*.tar")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found == values:
+                return
+            about = f"of {found['pictures']} pictures, {found['per_shard']} in each"
+        except (OSError, ValueError, KeyError, TypeError):
+            about = f"and no {path.name} that says of what"
+        raise DataError(
+            f"{out} holds shards of {split!r} {about}; expected {count}, {per_shard} in each, or another folder."
+        )
+    with write_atomically(path) as file:
+        file.write(json.dumps(values).encode() + b"\n")
+
+
 def _members(source: ImageSource, indices: range, skipped: dict[str, str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     for index in indices:
         where = source.describe(index)
         try:
             data = source.encoded(index)
-            suffix = _SUFFIXES[Image.open(io.BytesIO(data)).format or ""]
-        except (DataError, UnidentifiedImageError, KeyError):
-            skipped[where] = f"{where} is not a picture that can be packed."
+            kind = image_format(data, where)
+            if kind not in _ENDS or _ENDS[kind] not in data[-_TAIL:]:
+                decode_image(data, where)  # which takes long, and shows whether it is whole
+        except DataError as error:
+            skipped[where] = str(error)
+            continue
+        if kind not in _SUFFIXES:
+            skipped[where] = f"{where} is {kind}; expected one of {', '.join(_SUFFIXES)}."
             continue
         label = source.labels[index]
         if source.multi_label:
             about = "json", json.dumps({"labels": np.flatnonzero(label).tolist()}).encode()
         else:
             about = "cls", str(int(label)).encode()
-        for kind, content in ((suffix, data), about):
-            member = tarfile.TarInfo(f"{index:09d}.{kind}")
+        for ending, content in ((_SUFFIXES[kind], data), about):
+            member = tarfile.TarInfo(f"{index:09d}.{ending}")
             member.size = len(content)
             yield member, content
