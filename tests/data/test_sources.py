@@ -315,6 +315,30 @@ def test_manifests_that_do_not_fit(tmp_path: Path, text: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("label", ["--5", "²", "12345678901234567890"])
+def test_labels_that_only_look_like_numbers_are_names(tmp_path: Path, label: str) -> None:
+    file = tmp_path / "pictures.csv"
+    file.write_text(f"path,label\n1.png,{label}\n2.png,1\n", encoding="utf-8")
+    assert set(open_source(str(file)).classes) == {label, "1"}
+
+
+def test_numbers_that_can_be_no_indices_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "pictures.csv"
+    file.write_text("path,label\n1.png,12345678901\n")
+    with pytest.raises(DataError, match=r"has the label 12345678901; expected indices from 0 on, fewer than 1,000,000"):
+        open_source(str(file))
+
+
+def test_class_names_are_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    file = tmp_path / "pictures.csv"
+    file.write_text("path,label\n1.png,1\n")
+    (tmp_path / "classes.txt").write_text("ânt\nbee\n", encoding="utf-8-sig")
+    assert open_source(str(file)).classes == ("ânt", "bee")
+    (tmp_path / "classes.txt").write_text("ânt\nbee\n", encoding="latin-1")
+    with pytest.raises(DataError, match=r"classes.txt is not UTF-8: [^\n]+\.$"):
+        open_source(str(file))
+
+
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_damaged_jsonl_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "pictures.jsonl").write_text(text)

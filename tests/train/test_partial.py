@@ -180,3 +180,18 @@ def test_a_recipe_is_made_for_pictures_without_one(class_folder: Path, tmp_path:
     assert (recipe.data.val_split, recipe.data.test_split, recipe.loss.class_weights) == ("val", "", True)
     with pytest.raises(zoo.WeightsError, match=r"^lowformer_b2 has no pretrained weights"):
         finetune_recipe("lowformer_b2", str(class_folder))
+
+
+@pytest.mark.parametrize("value", ["abc", "1.0", "0"])
+def test_a_wrong_share_to_hold_out_is_one_clear_line(class_folder: Path, value: str) -> None:
+    with pytest.raises(RecipeError, match=rf"data.holdout is '?{value}.*expected ") as caught:
+        finetune_recipe("efficientvit_m0.zoo_cifar10", str(class_folder), [f"data.holdout={value}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_is_found_under_any_of_its_names(class_folder: Path, tmp_path: Path) -> None:
+    rows = [f"{class_folder}/red/{i:02d}.png,{i % 2},{'validation' if i < 4 else 'train'}\n" for i in range(20)]
+    (tmp_path / "pictures.csv").write_text("path,label,split\n" + "".join(rows))
+    choice = finetune_recipe("efficientvit_m0.zoo_cifar10", str(tmp_path / "pictures.csv"))
+    assert choice.recipe.data.val_split == "validation"
+    assert "the data's own split 'validation' to look at while training: 4 pictures" in choice.notes

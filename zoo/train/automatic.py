@@ -16,6 +16,7 @@ _BASE = "finetune/layer_decay"
 _STEPS = 3000  # optimiser steps that are enough for most; less data has fewer
 _EPOCHS = (5, 30)
 _BATCH = (8, 64)
+_VAL = ("val", "validation", "valid")  # names of the split to look at while training
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,27 @@ def finetune_recipe(model: str, data: str, overrides: Iterable[str] = ()) -> Cho
     get_weights(model)  # or the error that says where there are some
     overrides = list(overrides)
     wanted = dict(parse_overrides(overrides))
-    source = open_source(data)
     values: dict[str, object] = {"model.name": model, "data.name": str(Path(data)) if Path(data).exists() else data}
+    source = open_source(data)
     count, notes = len(source), [f"{len(source):,} pictures of {len(source.classes)} classes to train on"]
-    found = {split: other for split in ("val", "test") if (other := _split(data, split, source)) is not None}
-    if "test" in found and "val" in found and _same(found["test"], found["val"]):
-        del found["test"]  # a folder without one has given its other split
+    val, val_source = next(((each, found) for each in _VAL if (found := _split(data, each, source))), ("", None))
+    test_source = _split(data, "test", source)
+    if test_source and val_source and _same(test_source, val_source):
+        test_source = None  # a folder without one has given its other split
     if "data.val_split" in wanted:
         pass
-    elif "val" in found:
-        values["data.val_split"] = "val"
-        notes.append(f"the data's own split 'val' to look at while training: {len(found['val']):,} pictures")
+    elif val_source:
+        values["data.val_split"] = val
+        notes.append(f"the data's own split {val!r} to look at while training: {len(val_source):,} pictures")
     else:
-        share = wanted.get("data.holdout", 0.1 if count >= 1000 else 0.2)
-        values["data.holdout"] = share
+        values["data.holdout"] = wanted.get("data.holdout", 0.1 if count >= 1000 else 0.2)
+        share = load_recipe(_BASE, _lines(values)).data.holdout  # or the error that says what is wrong with it
         held = round(share * count)
         count -= held
         notes.append(f"no split 'val': {share:.0%} of each class held out, about {held:,} pictures")
-    if "test" in found:
+    if test_source:
         values["data.test_split"] = "test"
-        notes.append(f"the data's own split 'test' for `zoo eval`: {len(found['test']):,} pictures")
+        notes.append(f"the data's own split 'test' for `zoo eval`: {len(test_source):,} pictures")
     batch = min(max(2 ** int(np.log2(max(count / 8, 1))), _BATCH[0]), _BATCH[1])
     epochs = min(max(round(_STEPS * batch / count), _EPOCHS[0]), _EPOCHS[1])
     values |= {"train.batch_size": batch, "schedule.epochs": epochs}
@@ -84,8 +86,8 @@ def finetune_recipe(model: str, data: str, overrides: Iterable[str] = ()) -> Cho
         notes.append(f"classes of {counts.min():,} to {counts.max():,} pictures, weighed to count equally")
     else:
         values["loss.class_weights"] = False
-    chosen = [f"{key}={_toml(value)}" for key, value in values.items() if key not in wanted]
-    return Choice(load_recipe(_BASE, [*chosen, *overrides]), tuple(notes))
+    chosen = {key: value for key, value in values.items() if key not in wanted}
+    return Choice(load_recipe(_BASE, [*_lines(chosen), *overrides]), tuple(notes))
 
 
 def _split(data: str, split: str, train: ImageSource) -> ImageSource | None:
@@ -98,6 +100,10 @@ def _split(data: str, split: str, train: ImageSource) -> ImageSource | None:
 
 def _same(left: ImageSource, right: ImageSource) -> bool:
     return len(left) == len(right) and left.describe(0) == right.describe(0)
+
+
+def _lines(values: dict[str, object]) -> list[str]:
+    return [f"{key}={_toml(value)}" for key, value in values.items()]
 
 
 def _toml(value: object) -> str:

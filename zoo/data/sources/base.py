@@ -1,5 +1,6 @@
 """What every source of pictures has."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from zoo.errors import DataError, nearest
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 EMBEDDED = Path(__file__).parents[1] / "embedded"
+_NUMBERED = 1_000_000  # most classes that have no names
 
 
 class ImageSource(ABC):
@@ -120,6 +122,18 @@ def wrong_label(where: str, label: int, classes: tuple[str, ...]) -> DataError:
     return DataError(f"{where} has the label {label}; expected 0 to {last}, as there are {len(classes)} classes.")
 
 
+def numbered_classes(labels: np.ndarray, where: str) -> tuple[str, ...]:
+    """The names of classes that have none: their numbers.
+
+    Raises:
+        DataError: If a number is so high that it can be no index.
+    """
+    highest = int(labels.max(initial=-1))
+    if highest >= _NUMBERED:
+        raise DataError(f"{where} has the label {highest}; expected indices from 0 on, fewer than {_NUMBERED:,}.")
+    return tuple(str(i) for i in range(highest + 1))
+
+
 def labels_and_classes(values: Sequence[str], names: Sequence[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as text -> ``[N]`` int64 and class names.
 
@@ -129,9 +143,9 @@ def labels_and_classes(values: Sequence[str], names: Sequence[str], where: str) 
     Raises:
         DataError: If an index is out of range or a class is not among ``names``.
     """
-    if values and all(value.lstrip("-").isdigit() for value in values):
+    if values and all(re.fullmatch(r"-?[0-9]{1,18}", value) for value in values):
         labels = np.asarray([int(value) for value in values], dtype=np.int64)
-        classes = tuple(names) or tuple(str(i) for i in range(int(labels.max()) + 1))
+        classes = tuple(names) or numbered_classes(labels, where)
     else:
         classes = tuple(names) or tuple(sorted(set(values)))
         order = {name: i for i, name in enumerate(classes)}

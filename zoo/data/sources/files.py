@@ -120,9 +120,18 @@ def _several(value: object, where: str) -> list[str]:
 
 
 def read_classes(root: Path) -> list[str]:
-    """The class names in ``root/classes.txt``, one a line; empty if there is no such file."""
+    """The class names in ``root/classes.txt``, one a line; empty if there is no such file.
+
+    Raises:
+        DataError: If it is not UTF-8 or cannot be read.
+    """
     path = root / "classes.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {reason(error)}.") from error
 
 
 def subfolders(root: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.data.sources.base import ImageSource, check_labels
+from zoo.data.sources.base import ImageSource, check_labels, numbered_classes
 from zoo.errors import DataError, reason, require
 
 
@@ -30,7 +30,7 @@ class ParquetSource(ImageSource):
         self._images = [chunk for table in tables for chunk in table.column(image).chunks]
         self._starts = np.cumsum([0] + [len(chunk) for chunk in self._images])
         names = _class_names(tables[0].schema.metadata, label)
-        self.classes = names or tuple(str(i) for i in range(int(self.labels.max(initial=-1)) + 1))
+        self.classes = names or numbered_classes(self.labels, self.name)
         check_labels(self.labels, self.classes, self.name)
 
     def _columns(self, table: Any) -> tuple[str, str]:
