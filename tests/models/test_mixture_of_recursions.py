@@ -595,6 +595,18 @@ def test_every_parameter_learns(variant: str) -> None:
 # ---- compute budgets
 
 
+@pytest.mark.parametrize("variant", ["expert", "share", "none"])
+def test_activations_that_cannot_be_checkpointed_are_warned_of_once(
+    variant: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(variant).train()
+    model.gradient_checkpointing_enable()
+    for _ in range(2):
+        model(tokens(), labels=tokens()).loss.backward()
+    expected = "activations are not checkpointed: with a router and kv_mode='share' no block can run twice; expected "
+    assert [each.startswith(expected) for each in caplog.messages] == [True] * (variant == "share")
+
+
 def test_calibration_meets_the_capacities_and_budgets(tmp_path: Path) -> None:
     model = make("expert", dtype=torch.float32)
     text = tokens(8, 64, seed=7)

@@ -16,6 +16,7 @@ and attention of selected tokens, `_recursion_cache.py` their caches, `_recursio
 """
 
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ from zoo.models._causal_lm import CausalLM, Trunk, TrunkOutput
 from zoo.models._recursion_budget import calibrate, set_compute_budget
 from zoo.models._recursion_cache import RecursionCache
 from zoo.models._recursion_tokens import Chunk, Rope, Tokens
+
+_logger = logging.getLogger(__name__)
 
 ROUTINGS = ("topk", "threshold")
 
@@ -255,6 +258,7 @@ class MixtureOfRecursions(Trunk):
         self.step = 0
         self._steps_are_set = False
         self.last: Routing | None = None
+        self._warned = False
         self.reset_mean_depth()
 
     @property
@@ -310,6 +314,13 @@ class MixtureOfRecursions(Trunk):
         past = 0 if cache is None else cache.length
         if cache is None and config.kv_mode != "recursion" and config.router != "none":
             cache = self.make_cache()  # where later recursions find the keys of the first one
+            if self.gradient_checkpointing and self.training and not self._warned:
+                self._warned = True
+                _logger.warning(
+                    "activations are not checkpointed: with a router and kv_mode=%r no block can run twice; expected "
+                    "kv_mode='recursion'",
+                    config.kv_mode,
+                )
         mask = None if mask is None else mask[:, -length:]
         chunk = Chunk((batch_size, length), position_ids, mask, past, cache, self.rope, x)
         flat: Any = None if chunk.real is None else chunk.real.nonzero(as_tuple=True)
