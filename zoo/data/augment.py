@@ -176,7 +176,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class Mixing:
-    """Mixup and CutMix of whole batches, drawn from (seed, step) alone. Turns labels into ``[B, num_classes]``."""
+    """Mixup and CutMix of whole batches, drawn from a call's seed alone. Turns labels into ``[B, num_classes]``."""
 
     def __init__(self, augment: "Augment", num_classes: int) -> None:
         from timm.data import Mixup

@@ -27,7 +27,7 @@ def with_adapters(model: Any, lora: Lora) -> None:
         RecipeError: If the model has no such layer.
     """
     peft = require("peft", extra="peft", why="train.tune='lora'")
-    head = tuple(f"{prefix}." for prefix in family_of(config_of(model)).classifiers if prefix)
+    head = _head_prefixes(model)
     names = [
         name
         for name, module in model.named_modules()
@@ -67,8 +67,13 @@ def _is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
 
+def _head_prefixes(model: Any) -> tuple[str, ...]:
+    """How the names of the classifier's parameters begin."""
+    return tuple(f"{prefix}." for prefix in family_of(config_of(model)).classifiers if prefix)
+
+
 def _head(model: Any) -> dict[str, nn.Parameter]:
-    prefixes = tuple(f"{prefix}." for prefix in family_of(config_of(model)).classifiers if prefix)
+    prefixes = _head_prefixes(model)
     found = {name: parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)}
     if not found:
         raise RecipeError("The model has no classifier to train; expected train.tune='all'.")

@@ -10,6 +10,7 @@ metrics.csv          a row an epoch
 curves.png           the same as a picture
 report.html          curves, mistakes or samples of text, cost
 result.json          the final figures
+tensorboard/         events for TensorBoard
 sample.png           a held-out picture to try `zoo predict` on
 """
 
@@ -128,8 +129,8 @@ class ModelRecord:
                 config=config_from_dict(values["config"]),
                 preprocessing=Preprocessing.from_dict(values["preprocessing"]) if values["preprocessing"] else None,
                 labels=tuple(values["labels"]),
-                tokenizer=values.get("tokenizer", ""),  # runs before 0.2 have none
-                multi_label=values.get("multi_label", False),  # nor this
+                tokenizer=values["tokenizer"],
+                multi_label=values["multi_label"],
             )
         except (KeyError, TypeError) as error:
             raise WeightsError(f"{folder.config} is not a run folder's config: {error} is missing or wrong.") from error
