@@ -1,9 +1,12 @@
 """The measuring harness on a clock of its own: what it counts, in which order, and when it refuses a figure."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -158,3 +161,58 @@ def test_cuda_events_measure_the_device_not_the_launch() -> None:
     timings = measure(calls, device="cuda", rounds=5)
     assert compare(timings["one"], timings["four"]).median > 2  # launches alone would take about as long
     assert working_memory(lambda: x @ x, "cuda") >= x.numel() * 4
+
+
+class SecondGpu:
+    """Stands for torch.cuda on a machine with two GPUs, and notes which was the current one at each call."""
+
+    def __init__(self) -> None:
+        self.index, self.seen, self.now = 0, [], 0.0
+
+    @contextlib.contextmanager
+    def device(self, place: torch.device) -> Iterator[None]:
+        before, self.index = self.index, place.index
+        yield
+        self.index = before
+
+    def noting(self, result: Any = None) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.seen.append(self.index)
+            self.now += 0.1
+            return result
+
+        return call
+
+    def event(self, **options: Any) -> Any:
+        return mock.Mock(record=self.noting(), synchronize=self.noting(), elapsed_time=lambda end: 100.0)
+
+
+@pytest.fixture
+def second_gpu(monkeypatch: pytest.MonkeyPatch) -> SecondGpu:
+    fake = SecondGpu()
+    monkeypatch.setattr(benchmark, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", fake.device)
+    monkeypatch.setattr(torch.cuda, "Event", fake.event)
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, fake.noting(0))
+    return fake
+
+
+def test_another_gpu_is_the_current_one_while_it_is_measured(second_gpu: SecondGpu) -> None:
+    measure({"one": second_gpu.noting()}, device="cuda:1", rounds=1)
+    working_memory(second_gpu.noting(), "cuda:1")
+    assert set(second_gpu.seen) == {1}
+    assert second_gpu.index == 0
+
+
+def test_another_gpu_is_the_current_one_while_it_is_recorded(
+    second_gpu: SecondGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zoo.deploy.cuda_graph import record
+
+    contexts = {name: lambda *args, **options: contextlib.nullcontext() for name in ("stream", "graph")}
+    streams = {name: second_gpu.noting(mock.Mock()) for name in ("Stream", "current_stream", "CUDAGraph")}
+    for name, fake in {**contexts, **streams}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    record(second_gpu.noting(), torch.device("cuda:1"))
+    assert set(second_gpu.seen) == {1}

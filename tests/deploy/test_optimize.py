@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -497,6 +498,18 @@ def test_openvino_quantises_all_weights_but_the_last_layers(model: nn.Module, pi
         if op.get_type_name() in ("Convolution", "MatMul")
     ]
     assert sorted(found) == [("Convolution", True), ("Convolution", True), ("MatMul", False)]
+
+
+def test_onnxruntime_is_told_which_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    asked: list[Any] = []
+    session = mock.Mock(get_inputs=list)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, providers: asked.append(providers) or session)
+    for target in ("cpu", "cuda", "cuda:1"):
+        get_engine("onnxruntime").load(tmp_path, Job(engine="onnxruntime", target=target))
+    gpus = [[("CUDAExecutionProvider", {"device_id": i})] for i in (0, 1)]
+    assert asked == [["CPUExecutionProvider"], *gpus]
 
 
 @pytest.mark.gpu

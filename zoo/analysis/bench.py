@@ -282,7 +282,7 @@ def _fastest(call: Callable[[], object], device: str) -> float:
         start = time.perf_counter()
         call()
         if torch.device(device).type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         seconds = time.perf_counter() - start
         if i or seconds > SLOW:  # the first call may allocate, pack or compile
             best = min(best, seconds)

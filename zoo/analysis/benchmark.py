@@ -111,7 +111,7 @@ def measure(
 
     Args:
         calls: What to time, by name.
-        device: Where they compute. On ``"cuda"`` a call's time is between two events on the current stream; on other
+        device: Where they compute. On a GPU a call's time is between two events on its current stream; on other
             accelerators it ends with a synchronisation.
         threads: Of torch's operators on the CPU; as they are set by default. Other engines have their own.
         clock: ``"wall"``, or ``"cpu"`` for the process's time on all cores, which other processes disturb less.
@@ -179,12 +179,12 @@ def _quartiles(values: "list[float] | tuple[float, ...]") -> tuple[float, float]
 def _turn(call: Callable[[], object], device: torch.device, threads: int, clock: str) -> Callable[[float], list[float]]:
     """A function that calls for so many seconds, at least once, and returns the seconds of each call."""
     if device.type == "cuda":
-        return lambda seconds: _cuda_turn(call, seconds)
-    statement = "call()" if device.type == "cpu" else "call(); torch.accelerator.synchronize()"
+        return lambda seconds: _cuda_turn(call, device, seconds)
+    statement = "call()" if device.type == "cpu" else "call(); torch.accelerator.synchronize(device)"
     with _quietly():
         from torch.utils.benchmark import Timer
     # The Timer switches garbage collection off, and repeats a call that is too short for the clock.
-    timer = Timer(statement, globals={"call": call}, timer=CLOCKS[clock], num_threads=threads)
+    timer = Timer(statement, globals={"call": call, "device": device}, timer=CLOCKS[clock], num_threads=threads)
     return lambda seconds: timer.blocked_autorange(min_run_time=seconds).times
 
 
@@ -211,16 +211,23 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _cuda_turn(call: Callable[[], object], at_least: float) -> list[float]:
+def as_current(device: str | torch.device) -> contextlib.AbstractContextManager[object]:
+    """A block in which a GPU is the current one, whose streams, events and statistics are meant; nothing for others."""
+    place = torch.device(device)
+    return torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext()
+
+
+def _cuda_turn(call: Callable[[], object], device: torch.device, at_least: float) -> list[float]:
     times: list[float] = []
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    while sum(times) < at_least:
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+    with as_current(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        while sum(times) < at_least:
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
     return times
 
 
@@ -254,12 +261,13 @@ def working_memory(call: Callable[[], object], device: str | torch.device = "cpu
     """
     device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        with as_current(device):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
     reset = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not os.access(reset, os.W_OK):
         return None

@@ -126,7 +126,7 @@ def six_metrics(
         meter = EnergyMeter(conditions.device)
         write()
         if torch.device(conditions.device).type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(conditions.device)
         meter.update()
         energy, source = meter.joules, meter.source
         reading = sum(operator.macs for operator in trace(network, prompt, use_cache=True, logits_to_keep=1))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from zoo.analysis.benchmark import CLOCKS
+from zoo.analysis.benchmark import CLOCKS, as_current
 
 # Operators whose result is a new look at old memory, although their schema does not say so; empty memory; and what
 # packs a weight, once.
@@ -79,18 +79,20 @@ def trace(model: nn.Module, *inputs: Any, clock: str | None = None, **keywords: 
     model.eval()
     recorder = _Recorder(model, None if clock is None else CLOCKS[clock])
     hooks = []
+    device = next((x.device for x in _tensors(inputs)), torch.device("cpu"))
     for path, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(recorder.entering(path)))
         hooks.append(module.register_forward_hook(recorder.leaving, always_call=True))
     try:
         # Not inference_mode: there, linear and matmul arrive whole instead of as the operators they are made of.
-        with torch.no_grad(), recorder:
-            model(*inputs, **keywords)
+        with torch.no_grad(), as_current(device):
+            with recorder:
+                model(*inputs, **keywords)
+            return recorder.finish()
     finally:
         for hook in hooks:
             hook.remove()
         model.train(training)
-    return recorder.finish()
 
 
 class _Recorder(TorchDispatchMode):

@@ -129,7 +129,9 @@ class OnnxRuntime(Engine):
         options.intra_op_num_threads = job.threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        providers = ["CPUExecutionProvider"] if job.target == "cpu" else ["CUDAExecutionProvider"]
+        device = torch.device(job.target)
+        gpu = ("CUDAExecutionProvider", {"device_id": device.index or 0})
+        providers = [gpu if device.type == "cuda" else "CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
         names = [each.name for each in session.get_inputs()]
 
@@ -267,7 +269,10 @@ class Inductor(Engine):
     def load(self, folder: Path, job: Job) -> Run:
         import torch
 
-        compiled = torch._inductor.aoti_load_package(str(folder / "model.pt2"))
+        index = torch.device(job.target).index
+        compiled = torch._inductor.aoti_load_package(
+            str(folder / "model.pt2"), device_index=-1 if index is None else index
+        )
 
         def run(*inputs: Any) -> list[Any]:
             output = compiled(*inputs)

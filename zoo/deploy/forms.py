@@ -72,7 +72,7 @@ class CudaGraph(nn.Module):
         def call() -> None:
             self._output = self.model(*self._inputs)
 
-        self._graph = record(call)
+        self._graph = record(call, inputs[0].device)
 
 
 def _packed(model: nn.Module) -> nn.Module:

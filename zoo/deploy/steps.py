@@ -63,7 +63,7 @@ class _Step:
             self.hidden = type(trunk).forward(trunk, self.x, mask=self.mask, cache=inner).hidden
             self.after = torch.stack([inner.tensors[key] for key in self.keys])
 
-        self.graph = record(step)
+        self.graph = record(step, x.device)
 
     def __call__(self, x: Tensor, mask: Tensor | None, cache: TrunkCache) -> Tensor:
         self.x.copy_(x)
