@@ -132,6 +132,8 @@ def test_file_whose_header_names_the_model(tmp_path: Path, model: nn.Module) -> 
     metadata = read_header(target)["__metadata__"]
     assert metadata["model"] == M0
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    save_safetensors({}, target, {"model": M0, "config": '{"img_size": [64, 96]}'})
+    assert find_weights(target).preprocessing.img_size == (64, 96)
     save_safetensors(model.state_dict(), target)
     with pytest.raises(WeightsError, match=r"its header names no model; name it: create_model\(NAME, checkpoint="):
         zoo.create_model(str(target))

@@ -25,10 +25,10 @@ LAYOUTS = ("timm", "zoo", "authors")
 _TAG = re.compile(r"[a-z0-9_]+")
 _FILE = re.compile(r"(?!\.)[\w.-]+\.(safetensors|pth|pt|bin|tar)")
 _PICKLES = (".pth", ".pt", ".bin", ".tar")
-_HUB = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
-_REVISION = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*")
+REPOSITORY = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
+REVISION = re.compile(r"(?!\.)[\w.-]+(?:/(?!\.)[\w.-]+)*")
 _HTTPS = re.compile(r"https://[^\s/]+/\S+")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +205,9 @@ def _check_values(weights: Weights) -> None:
         raise WeightsError(f"file is {weights.file!r}; expected .safetensors, since a packaged file is never a pickle.")
     if weights.url and not weights.pickled:
         expect("sha256", weights.sha256, "that of the file, which a url needs")
-    expect("hub", not weights.hub or _HUB.fullmatch(weights.hub), "owner/name")
-    expect("revision", _REVISION.fullmatch(weights.revision), "a branch, tag or commit")
-    expect("sha256", not weights.sha256 or _SHA256.fullmatch(weights.sha256), "64 hexadecimal digits in lower case")
+    expect("hub", not weights.hub or REPOSITORY.fullmatch(weights.hub), "owner/name")
+    expect("revision", REVISION.fullmatch(weights.revision), "a branch, tag or commit")
+    expect("sha256", not weights.sha256 or SHA256.fullmatch(weights.sha256), "64 hexadecimal digits in lower case")
     expect("layout", weights.layout in LAYOUTS, " or ".join(map(repr, LAYOUTS)))
     expect("config", isinstance(weights.config, dict), "a table")
     if isinstance(weights.labels, str):

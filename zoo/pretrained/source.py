@@ -24,7 +24,7 @@ from zoo.errors import ConfigError, UnknownModelError, WeightsError, reason
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.download import hub_file, url_file
 from zoo.pretrained.files import read_header
-from zoo.pretrained.manifest import LABEL_SETS, Weights, get_weights, list_weights
+from zoo.pretrained.manifest import LABEL_SETS, REPOSITORY, REVISION, SHA256, Weights, get_weights, list_weights
 from zoo.registry import family_name, get_config, get_family, split_name
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -32,8 +32,7 @@ FOREIGN_TYPES = {"hgrn_bit": "matmulfree"}  # model_type of others' checkpoints 
 TIMM_PREFIX = "zoo_"  # of zoo's models in timm's registry
 MULTI_LABEL = "multi_label_classification"  # transformers' word for it, in a config's problem_type
 
-_HUB = re.compile(r"((?!\.)[\w.-]+/(?!\.)[\w.-]+)(?:@((?!\.)[\w.-]+(?:/(?!\.)[\w.-]+)*))?")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HUB = re.compile(f"({REPOSITORY.pattern})(?:@({REVISION.pattern}))?")
 _MAX_DEPTH = 1024  # of a config that comes from elsewhere: building takes time in proportion
 _MAX_NUMBER = 1 << 20
 
@@ -82,7 +81,7 @@ def weights_file(source: str | Path) -> Path:
     if scheme in ("http", "https"):
         url, fragment = urldefrag(str(source))
         sha256 = parse_qs(fragment).get("sha256", [""])[0].lower()
-        if not _SHA256.fullmatch(sha256):
+        if not SHA256.fullmatch(sha256):
             raise WeightsError(
                 f"{url}: add the hash of the file, #sha256=<64 hexadecimal digits>; none is loaded without."
             )
@@ -207,12 +206,14 @@ def _from_header(path: Path, source: str) -> Weights:
         )
     try:
         model, config = metadata["model"], json.loads(metadata.get("config", "{}"))
-        _check_size(get_config(model).override(**config))
+        built = get_config(model).override(**config)
+        _check_size(built)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{source}: its header does not describe a model of zoo's: {reason(error)}.") from error
     tagged = next((entry for entry in list_weights(model) if entry.tag == metadata.get("tag")), None)
+    own = Preprocessing(img_size=built.input_hw) if isinstance(built, ImageConfig) else Preprocessing()
     return Weights(
-        preprocessing=Preprocessing() if tagged is None else tagged.preprocessing,
+        preprocessing=own if tagged is None else tagged.preprocessing,
         labels=_standard_labels(config.get("num_classes", 1000)) if tagged is None else tagged.labels,
         family=family_name(model),
         model=model,
