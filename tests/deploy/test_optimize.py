@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,6 +372,22 @@ def test_engines_that_fail_never_fail_the_call(tmp_path: Path, monkeypatch: pyte
     assert fast.report.facts["search_s"] < 120
 
 
+def test_an_interrupt_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile_engines.py").write_text(HOSTILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("zoo.deploy.engines._ENGINES", {})
+    register_engine("Hangs", "hostile_engines:Hangs")
+    started: list[Any] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **options: started.append(popen(*args, **options)) or started[-1]
+    )
+    monkeypatch.setattr("zoo.deploy.forms.make", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        search(nn.Linear(4, 4), torch.ones(1, 4))
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
+
+
 def test_a_form_of_ones_own(vit: nn.Module, pictures: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zoo.deploy.forms._FORMS", dict(forms._FORMS))
     register_form(Form("mine", copy_for_inference))
@@ -425,6 +443,13 @@ def test_an_artefact_that_answers_otherwise_is_refused(artefact: Path, tmp_path:
 def test_what_is_no_artefact(artefact: Path, tmp_path: Path, model: nn.Module, pictures: Tensor, fast: Any) -> None:
     with pytest.raises(ExportError, match="has format 99, of another version of zoo"):
         zoo.load_optimized(edited(artefact, tmp_path, format=99))
+    for number, damage in enumerate([{"job": {"motor": 1}}, {"job": None}, {"report": {}}, {"report": []}]):
+        with pytest.raises(ExportError, match=r"manifest\.json is damaged: .*\. Optimise the model again"):
+            zoo.load_optimized(edited(artefact, tmp_path / str(number), **damage))
+    job = json.loads((artefact / "manifest.json").read_text())["job"]
+    elsewhere = edited(artefact, tmp_path / "elsewhere", job={**job, "target": "cuda:99"})
+    with pytest.raises(ExportError, match=r"was optimised for cuda:99\. .*\. Optimise the model here"):
+        zoo.load_optimized(elsewhere)
     (tmp_path / "edited" / "manifest.json").write_text("{")
     with pytest.raises(ExportError, match="is damaged"):
         zoo.load_optimized(tmp_path / "edited")

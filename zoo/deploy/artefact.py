@@ -28,7 +28,7 @@ from zoo.deploy.engines import BUILT_HERE, Job, get_engine
 from zoo.deploy.folder import MANIFEST, OPTIMISED
 from zoo.deploy.program import tensors_of
 from zoo.errors import ConfigError, ExportError, ZooError, reason
-from zoo.factory import build
+from zoo.factory import build, check_device
 from zoo.pretrained.files import cache_folder, sha256_of
 from zoo.registry import config_from_json, config_of
 
@@ -107,8 +107,16 @@ def load_optimized(path: str | Path, *, rebuild: bool = False) -> Any:
 
     path = Path(path)
     manifest = _read(path)
-    job = Job(**manifest["job"])
+    try:
+        job = Job(**manifest["job"])
+        rows = [Row(**row) for row in manifest["report"].pop("candidates")]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ExportError(f"{path / MANIFEST} is damaged: {reason(error)}. Optimise the model again.") from error
     stored = _verified(path, manifest)
+    try:
+        check_device(job.target)
+    except ConfigError as error:
+        raise ExportError(f"{path} was optimised for {job.target}. {error} Optimise the model here.") from error
     example = tuple(stored[f"input.{i}"].to(job.target) for i in range(len(manifest["inputs"])))
     differences = _differences(manifest, job)
     is_form = job.engine in forms.form_names()
@@ -145,7 +153,6 @@ def load_optimized(path: str | Path, *, rebuild: bool = False) -> Any:
             raise ExportError(f"{path} no longer answers as when it was saved. {made}Optimise the model again.")
     if differences:
         _logger.warning("%s was made with %s: it answers the same, its speed may be another", path, differences)
-    rows = [Row(**row) for row in manifest["report"].pop("candidates")]
     report = Report(rows, manifest["report"])
     return Optimized(
         run,
@@ -157,10 +164,6 @@ def load_optimized(path: str | Path, *, rebuild: bool = False) -> Any:
         files=None if is_form else path,
         model=module,
     )
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

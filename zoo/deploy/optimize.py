@@ -408,13 +408,21 @@ class _Search:
         self._write_inputs()
         # The slowest to build goes first, into the background; the forms are tried while the others build.
         engines = sorted((name for name in engine_names() if names is None or name in names), key=_build_time)
-        running = [worker for name in engines for precision in precisions if (worker := self._start(name, precision))]
-        for precision in precisions:  # fp32 first: the others are compared with it
-            for name in forms.form_names():
-                if names is None or name in names:
-                    self.try_form(name, precision)
-        for worker in running:
-            worker.finish(self)
+        running: list[_Worker] = []
+        try:
+            for name in engines:
+                for precision in precisions:
+                    if worker := self._start(name, precision):
+                        running.append(worker)
+            for precision in precisions:  # fp32 first: the others are compared with it
+                for name in forms.form_names():
+                    if names is None or name in names:
+                        self.try_form(name, precision)
+            for worker in running:
+                worker.finish(self)
+        finally:  # an interrupt does not reach processes of another session
+            for worker in running:
+                worker.stop()
         if not self.named:
             self.rows = [row for row in self.rows if row.status != "skipped" or row.note in self._notable]
         return self.candidates
@@ -628,7 +636,9 @@ class _Worker:
         search.candidates[key] = _Candidate(row=row, job=self.job, run=run, files=self.files)
 
     def stop(self) -> None:
-        """End it, and what it has started."""
+        """End it, and what it has started, unless it is done."""
+        if self._process.poll() is not None:
+            return
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
