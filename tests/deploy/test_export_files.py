@@ -146,6 +146,11 @@ def test_what_is_refused(small: nn.Module, tmp_path: Path) -> None:
         zoo.export(small, "onx", tmp_path / "out")
     with pytest.raises(WeightsError, match="random ones is of no use; ask for them"):
         zoo.export("efficientnet_b7", "onnx", tmp_path / "out")
+    for options in ({}, {"random_weights": True}):
+        with pytest.raises(WeightsError, match=r"mor_2m_r3 reads text; expected an image model: zoo\.optimize"):
+            zoo.export("mor_2m_r3", "onnx", tmp_path / "out", **options)
+    with pytest.raises(WeightsError, match="mor_135m_r2_expert reads text"):  # has no weights either
+        zoo.export("mor_135m_r2_expert", "onnx", tmp_path / "out")
     with pytest.raises(ConfigError, match="expected a name, or an image model of the zoo"):
         zoo.export(nn.Linear(2, 2), "onnx", tmp_path / "out")
     with pytest.raises(ConfigError, match="expected no free size"):

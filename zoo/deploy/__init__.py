@@ -7,5 +7,6 @@ optimize.py    zoo.optimize: try, check, measure, choose, explain
 single.py      one engine without a search
 worker.py      the process in which a candidate is built and checked
 artefact.py    zoo.load_optimized: what is saved, and when it may be used again
+folder.py      the folder of either, which takes no other's place
 export.py      zoo.export: one file, run again in its own runtime
 """

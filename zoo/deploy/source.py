@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.config import ImageConfig
+from zoo.config import ImageConfig, ModelConfig
 from zoo.data.image import EvalTransform, Normalise, read_image
+from zoo.data.sources import IMAGE_SUFFIXES
 from zoo.errors import DataError, WeightsError
 from zoo.factory import create_model
 from zoo.inference import class_names, load_run
 from zoo.preprocessing import Preprocessing
 from zoo.pretrained.manifest import list_weights
 from zoo.pretrained.source import find_weights, is_source
-from zoo.registry import split_name
+from zoo.registry import get_config, split_name
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 _CALIBRATION = 256  # pictures; more change nothing in what is calibrated with them
 
 
@@ -51,9 +51,8 @@ def load_for_shipping(name: str, *, img_size: int | None = None, random_weights:
         WeightsError: If there are no weights and random ones were not asked for, or the model does not take pictures.
     """
     if random_weights:
+        _check_pictures(name, get_config(name))
         model: Any = create_model(name, pretrained=False, img_size=img_size).eval()
-        if not isinstance(model.config, ImageConfig):
-            raise WeightsError(f"{name} reads text; expected an image model.")
         preprocessing = Preprocessing(img_size=model.config.input_hw)
         return Shipped(name, model, preprocessing, tuple(map(str, range(model.num_classes))), True)
     if Path(name).is_dir():
@@ -63,16 +62,24 @@ def load_for_shipping(name: str, *, img_size: int | None = None, random_weights:
             model.set_input_size(img_size)
     else:
         if not is_source(name) and not list_weights(split_name(name)[0]):
+            _check_pictures(name, get_config(name))
             raise WeightsError(
                 f"{name} has no published weights, and a file with random ones is of no use; ask for them, with "
                 f"--random-weights, to try things out."
             )
         weights = find_weights(name)
+        _check_pictures(name, weights.model_config)
         model = create_model(name, pretrained=True, img_size=img_size).eval()
         preprocessing, labels, several = weights.preprocessing, class_names(weights.labels), weights.multi_label
     if img_size is not None:
         preprocessing = replace(preprocessing, img_size=(img_size, img_size))
     return Shipped(name, model, preprocessing, labels, False, several)
+
+
+def _check_pictures(name: str, config: ModelConfig) -> None:
+    """Raise for a model that does not take pictures, before anything is downloaded."""
+    if not isinstance(config, ImageConfig):
+        raise WeightsError(f"{name} reads text; expected an image model: zoo.optimize(model) takes language models.")
 
 
 def read_pictures(folder: Path, preprocessing: Preprocessing, limit: int = _CALIBRATION) -> Tensor:
@@ -81,9 +88,11 @@ def read_pictures(folder: Path, preprocessing: Preprocessing, limit: int = _CALI
     Raises:
         DataError: If there are none, or one cannot be read.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES) if folder.is_dir() else []
+    files = (
+        sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+    )
     if not files:
-        raise DataError(f"{folder} has no pictures; expected a folder of {', '.join(sorted(PICTURES))} files.")
+        raise DataError(f"{folder} has no pictures; expected a folder of {', '.join(sorted(IMAGE_SUFFIXES))} files.")
     step = max(1, len(files) // limit)
     transform = EvalTransform(preprocessing)
     images = torch.stack([transform(read_image(file)) for file in files[::step][:limit]])
