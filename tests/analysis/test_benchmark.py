@@ -163,6 +163,13 @@ def test_cuda_events_measure_the_device_not_the_launch() -> None:
     assert working_memory(lambda: x @ x, "cuda") >= x.numel() * 4
 
 
+def test_the_version_of_an_engine_is_recorded() -> None:
+    known = benchmark.versions("onnxruntime")
+    assert "onnxruntime 1." in known
+    assert benchmark.versions("onnxruntime, fused") == known
+    assert benchmark.versions("eager, fused") == benchmark.versions()
+
+
 class SecondGpu:
     """Stands for torch.cuda on a machine with two GPUs, and notes which was the current one at each call."""
 

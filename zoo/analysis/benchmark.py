@@ -426,7 +426,12 @@ def _driver() -> str:
 
 
 def versions(backend: str = "") -> str:
-    """``"zoo 0.1.0, torch 2.14.1"``, and the backend's where that is an installed package."""
+    """``"zoo 0.1.0, torch 2.14.1"``, and the backend's where that is an installed package.
+
+    Args:
+        backend: As a :class:`Passport` has it, such as ``"onnxruntime, fused"``.
+    """
+    backend = backend.partition(",")[0]
     found = [f"zoo {zoo.__version__}", f"torch {torch.__version__}"]
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError):  # not a package: a way of running torch
         found.append(f"{backend} {metadata.version(backend)}")
