@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from zoo.atomic import save_safetensors
 from zoo.errors import WeightsError
 from zoo.pretrained import manifest
 from zoo.pretrained.convert import to_authors
-from zoo.pretrained.fetch import fetch
+from zoo.pretrained.fetch import converted_path, fetch
 from zoo.pretrained.files import forget_verified
 from zoo.pretrained.load import fit_state_dict, load_state_dict
+from zoo.pretrained.manifest import get_weights
 from zoo.registry import get_family
 
 REPO = "timm/efficientvit_m0.r224_in1k"
@@ -363,6 +365,29 @@ def test_the_authors_file_is_fetched_and_converted(
     out = client.run(CONVERT.format(endpoint=hub.endpoint))
     assert out.endswith(f"loaded {state['head.linear.weight'].double().sum().item()}")
     assert hub.downloads() == [release]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"zoo_version": "0.0.1"},
+        {"source": "https://host/older.pth"},
+        {"source_sha256": "1" * 64},
+    ],
+    ids=lambda header: next(iter(header)),
+)
+def test_a_conversion_of_another_file_or_version_is_not_taken(
+    header: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    weights = replace(get_weights("efficientvit_m0.authors"), url="https://host/m0.pth", sha256="0" * 64)
+    right = {"zoo_version": zoo.__version__, "source": weights.url, "source_sha256": weights.sha256}
+    converted_path(weights).parent.mkdir(parents=True)
+    save_safetensors({"a": torch.ones(1)}, converted_path(weights), right)
+    assert fetch(weights) == converted_path(weights)
+    save_safetensors({"a": torch.ones(1)}, converted_path(weights), {**right, **header})
+    with pytest.raises(WeightsError, match=r"converted once before it is loaded\. zoo weights convert efficientvit_m0"):
+        fetch(weights)
 
 
 def test_large_numbers_are_not_taken_for_infinite_ones(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def convert(
     """Convert a weight file of any known layout; a pickle is read, never run."""
     from zoo.errors import ConfigError, WeightsError
     from zoo.pretrained.convert import convert_file
-    from zoo.pretrained.fetch import authors_file, converted_path, fetch
+    from zoo.pretrained.fetch import authors_file, converted_path, fetch, origin
     from zoo.pretrained.manifest import get_weights
     from zoo.registry import split_name
     from zoo.train.recipe import parse_value
@@ -109,7 +109,7 @@ def convert(
         if not equals:
             raise ConfigError(f"{override!r} is no override; expected FIELD=VALUE, such as num_classes=10.")
         fields[key] = parse_value(text)
-    licence = {"licence": weights.licence, "source": weights.place} if weights else {}
+    licence = {"licence": weights.licence, "source": origin(weights) or weights.place} if weights else {}
     try:
         convert_file(source, out, name, to=to, metadata=licence, **fields)
     except OSError as error:

@@ -152,6 +152,11 @@ def hub_reason(error: BaseException, repo: str) -> str:
     return f"{reason(error)}. {local}"
 
 
+def url_place(url: str, sha256: str, name: str) -> Path:
+    """Where the cache keeps a file from a URL, under its hash where that is known."""
+    return cache_folder("downloads") / (sha256 or f"unchecked-{hashlib.sha256(url.encode()).hexdigest()[:16]}") / name
+
+
 def url_file(url: str, sha256: str = "", *, name: str = "") -> Path:
     """A file from a URL, from zoo's cache or downloaded into it.
 
@@ -170,8 +175,8 @@ def url_file(url: str, sha256: str = "", *, name: str = "") -> Path:
     name = name or urllib.parse.unquote(urllib.parse.urlparse(url).path).rpartition("/")[2]
     if not _SAFE_NAME.fullmatch(name):
         raise WeightsError(f"{url}: its last part is no file name.")
-    folder = cache_folder("downloads") / (sha256 or f"unchecked-{hashlib.sha256(url.encode()).hexdigest()[:16]}")
-    path, part = folder / name, folder / f".{name}.part"
+    path = url_place(url, sha256, name)
+    folder, part = path.parent, path.with_name(f".{name}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # a second process waits, and finds the file

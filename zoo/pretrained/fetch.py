@@ -1,11 +1,15 @@
 """From a set of weights to its file on this machine. Imports no torch."""
 
+import logging
 from pathlib import Path
 
+import zoo
 from zoo.errors import WeightsError
-from zoo.pretrained.download import check_sha256, hub_file, url_file
-from zoo.pretrained.files import cache_folder
+from zoo.pretrained.download import check_sha256, hub_file, url_file, url_place
+from zoo.pretrained.files import cache_folder, read_header
 from zoo.pretrained.manifest import Weights
+
+_logger = logging.getLogger(__name__)
 
 
 def fetch(weights: Weights) -> Path:
@@ -38,10 +42,25 @@ def converted_path(weights: Weights) -> Path:
     return cache_folder("converted") / f"{weights.name}.safetensors"
 
 
+def origin(weights: Weights) -> str:
+    """Which file an authors' file is; its conversion keeps it in its header."""
+    return f"{weights.hub}@{weights.revision}/{weights.file}" if weights.hub else weights.url or weights.page
+
+
 def _converted(weights: Weights) -> Path:
+    """A conversion of this file by this version: rules and places may change from one to the next."""
     path = converted_path(weights)
     if path.is_file():
-        return path
+        header = read_header(path).get("__metadata__", {})
+        expected = {"zoo_version": zoo.__version__, "source": origin(weights)}
+        if weights.sha256:
+            expected["source_sha256"] = weights.sha256
+        other = next((key for key, value in expected.items() if header.get(key) != value), None)
+        if other is None:
+            return path
+        _logger.warning(
+            "%s has %s %r, not %r: expected another conversion", path, other, header.get(other), expected[other]
+        )
     if weights.page:
         how = f"Fetch it from {weights.page}, then: zoo weights convert {weights.name} --source FILE"
     else:
@@ -70,7 +89,7 @@ def cached_file(weights: Weights) -> Path | None:
         found = try_to_load_from_cache(weights.hub, weights.file, revision=weights.revision)
         return Path(found) if isinstance(found, str) else None
     elif weights.url:
-        path = cache_folder("downloads") / weights.sha256 / weights.file
+        path = url_place(weights.url, weights.sha256, weights.file)
     else:
         path = weights.path
     return path if path.is_file() else None

@@ -3,10 +3,12 @@
 What comes from the Hub is in huggingface_hub's cache. Beside it, in ``$HF_HOME/zoo``, is what does not::
 
     downloads/<sha256>/<file>         fetched from a URL
+    downloads/unchecked-<...>/<file>  the same without a known hash, to convert; named after the URL
     converted/<model.tag>.safetensors   converted from the authors' file
     verified/<sha256>                 which file was last found to have this hash
     verified/sound-<sha256 of path>   the same for one whose header describes it and whose values are numbers
     built/<sha256>                    machine code of an optimised model that was built here
+    speed/                            this machine's speed records and calibrations
 """
 
 import hashlib
