@@ -105,6 +105,7 @@ def test_overrides_reach_the_config_and_none_is_dropped() -> None:
         (f"{M0}.r225_in1k", {"pretrained": True}, WeightsError, "no weights tagged 'r225_in1k'; it has: r224_in1k"),
         (f"{M0}.r225_in1k", {}, WeightsError, "it has: r224_in1k"),
         (M0, {"drop_path": 0.1}, ConfigError, "no field 'drop_path'. Did you mean: drop_path_rate"),
+        ("mor_2m_r3", {"num_classes": 10}, ConfigError, r"no field 'num_classes'\.($| Did you mean: (?!num_classes))"),
         (M0, {"checkpoint_path": "x"}, ConfigError, "no field 'checkpoint_path'. Did you mean: checkpoint?"),
         (M0, {"num_classes": -1}, ConfigError, "num_classes is -1"),
         (M0, {"num_classes": "10"}, ConfigError, "num_classes is '10'"),

@@ -158,3 +158,18 @@ def test_family_from_an_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     registry._load_entry_points.cache_clear()
     assert zoo.list_models("parakeet*") == ["parakeet_s2", "parakeet_s10"]
     assert zoo.get_config("parakeet_s10") == ParakeetConfig()
+
+
+def test_a_broken_entry_point_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = metadata.EntryPoint("parakeet", "no_such_package:FAMILY", registry.ENTRY_POINTS)
+    monkeypatch.setattr(metadata, "entry_points", lambda *, group: (entry,))
+    registry._load_entry_points.cache_clear()
+    assert "efficientvit_m0" in zoo.list_models()
+    assert "The entry point 'parakeet' (no_such_package:FAMILY) gives no family: No module named" in caplog.text
+
+
+def test_a_family_that_is_no_name() -> None:
+    with pytest.raises(zoo.ConfigError, match=r'"family" is \[\]; expected a name'):
+        zoo.config_from_json('{"family": []}')

@@ -134,7 +134,8 @@ def create_model(
     changes = {field: value for field, value in overrides.items() if value is not None}
     names = [spec.name for spec in dataclasses.fields(config)]
     for option in changes.keys() - names:  # here, since override() knows of no options but fields
-        near = nearest(option, {**inspect.signature(create_model).parameters, **dict.fromkeys(names)})
+        known = {*inspect.signature(create_model).parameters, *names} - {option}
+        near = nearest(option, sorted(known))
         raise ConfigError(f"{type(config).__name__} has no field {option!r}.{near}")
     config = config.override(**changes)
     if features_only and isinstance(config, ImageConfig) and config.taps is not None:

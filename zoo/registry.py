@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoo.config import ModelConfig
-from zoo.errors import ConfigError, UnknownModelError, WeightsError, nearest
+from zoo.errors import ConfigError, UnknownModelError, WeightsError, nearest, reason
 from zoo.families import MODULES
 
 if TYPE_CHECKING:
     from torch import nn
 
+_logger = logging.getLogger(__name__)
 _ConfigFunction = TypeVar("_ConfigFunction", bound=Callable[[], ModelConfig])
 
 TASKS = ("image-classification", "text-generation")
@@ -162,7 +164,10 @@ def config_of(model: "nn.Module") -> ModelConfig:
 @cache
 def _load_entry_points() -> None:
     for entry in metadata.entry_points(group=ENTRY_POINTS):
-        register(entry.load())
+        try:
+            register(entry.load())
+        except Exception as error:  # whatever another package's modules raise
+            _logger.warning("The entry point %r (%s) gives no family: %s", entry.name, entry.value, reason(error))
 
 
 def _variants() -> dict[str, str]:
@@ -282,6 +287,8 @@ def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     family = values.pop("family", None)
     if family is None:
         raise ConfigError('A config needs its "family", for example {"family": "efficientvit", ...}.')
+    if not isinstance(family, str):
+        raise ConfigError(f'"family" is {family!r}; expected a name, for example "efficientvit".')
     return get_family(family).config.from_dict(values)
 
 

@@ -632,6 +632,8 @@ def test_calibration_meets_the_capacities_and_budgets(tmp_path: Path) -> None:
 def test_token_choice_takes_a_budget() -> None:
     model = make("token")
     assert model.calibrate(tokens(8, 64, seed=7), 0.5) == pytest.approx(1.5, abs=0.1)
+    with pytest.raises(zoo.ConfigError, match="Token choice is calibrated for one budget at a time; expected tokens"):
+        model.set_compute_budget(0.6)
 
 
 def test_routers_that_are_sure_can_be_told_apart() -> None:

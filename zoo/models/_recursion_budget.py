@@ -123,10 +123,11 @@ def set_compute_budget(model: Any, budget: float, tokens: Tensor | None = None) 
     Args:
         model: The transformers model.
         budget: For example 0.6.
-        tokens: Text to calibrate on, ``[B, T]``; None to go by what an earlier :func:`calibrate` found.
+        tokens: Text to calibrate on, ``[B, T]``; None to go by what an earlier :func:`calibrate` found, which token
+            choice cannot.
 
     Raises:
-        ConfigError: If the budget cannot be had, or there is neither text nor an earlier calibration.
+        ConfigError: If the budget cannot be had, or there is neither text nor an earlier calibration of expert choice.
     """
     if not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise ConfigError(f"The compute budget is {budget!r}; expected a share of the recursions, up to 1.")
@@ -134,6 +135,10 @@ def set_compute_budget(model: Any, budget: float, tokens: Tensor | None = None) 
     if tokens is not None or config.router == "none":
         calibrate(model, tokens, budget)  # type: ignore[arg-type]
         return
+    if config.router == "token":
+        raise ConfigError(
+            "Token choice is calibrated for one budget at a time; expected tokens of held-out text beside it."
+        )
     if not config.router_quantiles:
         raise ConfigError("This model was not calibrated; expected tokens of held-out text beside the budget.")
     thresholds, before = [], 1.0
