@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,3 +101,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["calibrate", "efficientvit_m0"])
     assert stop.value.code == 2
     assert "expected at least 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("condition", [{"precision": "bf16"}, {"backend": "compile"}, {"fuse": False}], ids=str)
+def test_conditions_that_no_prediction_is_of(condition: dict[str, Any]) -> None:
+    (name,) = condition
+    with pytest.raises(zoo.ConfigError, match=f"{name} is .*; expected .* to calibrate"):
+        calibrate(conditions=Conditions(**condition))

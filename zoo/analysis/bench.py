@@ -17,11 +17,11 @@ from zoo.analysis.benchmark import Passport, measure, passport, torch_threads, w
 from zoo.analysis.records import local_records, save_records
 from zoo.config import ImageConfig, ModelConfig, TextConfig
 from zoo.deploy.engines import Job, engine_names
+from zoo.deploy.program import DTYPES
 from zoo.deploy.single import check_engine, run_in_engine
 from zoo.errors import ConfigError, nearest
 from zoo.factory import check_device
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = ("eager", "compile")  # torch's own; the engines of zoo.deploy come after them
 GROUP = 6  # models that take turns: more would have to be in memory at once
 SATURATED = 1.05  # a batch saturates if twice the batch gives less than 5 % more throughput
@@ -44,7 +44,7 @@ class Conditions:
     def check(self) -> None:
         """Raise ConfigError for a condition that cannot be met here."""
         check_device(self.device)
-        for name, choices in (("precision", PRECISIONS), ("backend", backends())):
+        for name, choices in (("precision", DTYPES), ("backend", backends())):
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; expected {', '.join(choices)}.{nearest(value, choices)}")
@@ -101,7 +101,7 @@ def as_measured(model: Any, conditions: Conditions) -> Any:
         model = model.fuse()
     if conditions.in_engine:
         return model  # the engine has its own device and precision
-    model = model.to(conditions.device, PRECISIONS[conditions.precision])
+    model = model.to(conditions.device, DTYPES[conditions.precision])
     return torch.compile(model) if conditions.backend == "compile" else model
 
 
@@ -182,10 +182,10 @@ def _bench_group(
     with torch_threads(conditions.threads):
         for name, config in named:
             model: Any = zoo.build(config)
-            weights[name] = weight_bytes(model) * PRECISIONS[conditions.precision].itemsize // 4
+            weights[name] = weight_bytes(model) * DTYPES[conditions.precision].itemsize // 4
             model = as_measured(model, conditions)
 
-            prepare = partial(_prepare, model, config, conditions)
+            prepare = partial(call_of, model, config, conditions)
             saturating[name] = saturating_batch(prepare, conditions.device)
             for batch in sorted({*batches, saturating[name]}):
                 place = (name, batch)
@@ -231,14 +231,15 @@ def _memory_format(conditions: Conditions) -> str:
     return "as fuse() chooses" if conditions.fuse else "contiguous"
 
 
-def _prepare(model: Any, config: ModelConfig, conditions: Conditions, batch: int) -> Callable[[], object]:
+def call_of(model: Any, config: ModelConfig, conditions: Conditions, batch: int) -> Callable[[], object]:
+    """The call that is measured: of a model, in the form that :func:`as_measured` gave it, on noise of a batch."""
     x = example_input(config, batch, tokens=conditions.tokens)
     if conditions.in_engine:
         run = run_in_engine(model, (x,), conditions.job(batch))
         return partial(run, x)
     x = x.to(conditions.device)
     if x.is_floating_point():
-        x = x.to(PRECISIONS[conditions.precision])
+        x = x.to(DTYPES[conditions.precision])
 
     def call() -> object:
         with torch.inference_mode():

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import zoo
-from zoo.analysis.bench import Conditions, _prepare, as_measured, example_input
+from zoo.analysis.bench import Conditions, as_measured, call_of, example_input
 from zoo.analysis.benchmark import machine, measure, torch_threads, versions
 from zoo.analysis.trace import Operator, trace
 from zoo.atomic import write_atomically
@@ -197,7 +197,8 @@ def calibrate(
     Args:
         models: Names; by default all image models under 2 GMACs.
         batches: Which to run.
-        conditions: As for :func:`~zoo.analysis.bench.bench`; ``rounds`` is for the latency of whole models.
+        conditions: As for :func:`~zoo.analysis.bench.bench`, in float32, eager and fused; ``rounds`` is for the latency
+            of whole models.
         save: Whether to keep it.
         on_sample: Called with each sample.
 
@@ -206,6 +207,9 @@ def calibrate(
     """
     conditions = conditions or Conditions(rounds=5)
     conditions.check()
+    for name, expected in (("precision", "fp32"), ("backend", "eager"), ("fuse", True)):  # what predictions are of
+        if getattr(conditions, name) != expected:
+            raise ConfigError(f"{name} is {getattr(conditions, name)!r}; expected {expected!r} to calibrate.")
     names = list(models or default_models())
     if len(names) < 3:
         raise ConfigError(f"{len(names)} models to calibrate with; expected at least 3, of more than one family.")
@@ -243,7 +247,7 @@ def _sample(name: str, config: ModelConfig, model: Any, batch: int, conditions: 
         seconds = statistics.median(call.seconds or 0.0 for call in calls)
         rows.append((*table_and_features(calls[0]), seconds))
     timing = measure(
-        {"model": _prepare(model, config, conditions, batch)},
+        {"model": call_of(model, config, conditions, batch)},
         device=conditions.device,
         threads=conditions.threads,
         clock=conditions.clock,

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo.analysis.bench import PRECISIONS, Conditions, as_measured, example_input
+from zoo.analysis.bench import Conditions, as_measured, example_input
 from zoo.analysis.benchmark import measure, memory_in_use, torch_threads, weight_bytes
 from zoo.analysis.energy import EnergyMeter
 from zoo.analysis.profile import Peaks, measure_peaks
 from zoo.analysis.trace import trace
 from zoo.config import TextConfig
+from zoo.deploy.program import DTYPES
 from zoo.errors import ConfigError
 
 
@@ -95,6 +96,8 @@ def six_metrics(
     config = zoo.get_config(model) if isinstance(model, str) else model
     if not isinstance(config, TextConfig):
         raise ConfigError(f"{model} is no language model; the six metrics are of tokens.")
+    from zoo.models._causal_lm import cache_of
+
     with torch_threads(conditions.threads):
         peaks = peaks or measure_peaks(conditions)
         network = as_measured(zoo.build(config), conditions)
@@ -110,7 +113,7 @@ def six_metrics(
             with torch.inference_mode():
                 for _ in range(new_tokens):
                     token = out.logits[:, -1:].argmax(-1).flatten()[:batch].view(batch, 1)
-                    out = network(token, cache=_cache_of(out), use_cache=True, logits_to_keep=1)
+                    out = network(token, cache=cache_of(out), use_cache=True, logits_to_keep=1)
                     after_each()
 
         in_use = memory_in_use(conditions.device)
@@ -158,14 +161,8 @@ def six_metrics(
         prompt_tokens_per_s=batch * conditions.tokens / first_s,
         aec_joules_per_token=None if energy is None else energy / (batch * new_tokens),
         energy_source=source,
-        mcr=parameters * PRECISIONS["fp16"].itemsize / weight_bytes(network),
+        mcr=parameters * DTYPES["fp16"].itemsize / weight_bytes(network),
     )
-
-
-def _cache_of(out: Any) -> Any:
-    """transformers calls it ``cache`` since 5.24."""
-    cache = getattr(out, "cache", None)
-    return getattr(out, "past_key_values", None) if cache is None else cache
 
 
 def _device_memory(device: str) -> int | None:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.analysis.bench import PRECISIONS, Conditions, _prepare, as_measured, example_input
+from zoo.analysis.bench import Conditions, as_measured, call_of, example_input
 from zoo.analysis.benchmark import Timing, measure, torch_threads
 from zoo.analysis.trace import Operator, by_module, trace
 from zoo.config import ModelConfig
+from zoo.deploy.program import DTYPES
 from zoo.errors import ConfigError, require
 from zoo.registry import family_of
 
@@ -98,7 +99,7 @@ class Profile:
 
 def measure_peaks(conditions: Conditions) -> Peaks:
     """Measure this machine's peaks, in the precision and with the threads and the clock of ``conditions``."""
-    dtype = PRECISIONS[conditions.precision]
+    dtype = DTYPES[conditions.precision]
     a, b = (torch.ones(GEMM, GEMM, device=conditions.device, dtype=dtype) for _ in range(2))
     source = torch.ones(COPY_BYTES, device=conditions.device, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -146,13 +147,13 @@ def profile(
         network = as_measured(zoo.build(config), conditions)
         operators = _timed(network, config, batch, conditions)
         timing: Timing = measure(
-            {"model": _prepare(network, config, conditions, batch)},
+            {"model": call_of(network, config, conditions, batch)},
             device=conditions.device,
             threads=conditions.threads,
             clock=conditions.clock,
             rounds=conditions.rounds,
         )["model"]
-    itemsize = PRECISIONS[conditions.precision].itemsize
+    itemsize = DTYPES[conditions.precision].itemsize
     groups = _layers(operators, depth)
     layers = tuple(_layer(network, module, own, peaks, itemsize) for module, own in groups.items())
     total = _layer(network, "", operators, peaks, itemsize)
@@ -170,7 +171,7 @@ def profile(
 
 def _timed(network: Any, config: ModelConfig, batch: int, conditions: Conditions) -> list[Operator]:
     x = example_input(config, batch, tokens=conditions.tokens).to(conditions.device)
-    x = x.to(PRECISIONS[conditions.precision]) if x.is_floating_point() else x
+    x = x.to(DTYPES[conditions.precision]) if x.is_floating_point() else x
     trace(network, x)
     passes = [trace(network, x, clock=conditions.clock) for _ in range(PASSES)]
     return [

@@ -99,15 +99,16 @@ def _print_counts(model: str, depth: int | None, precision: str, tokens: int, *,
     import dataclasses
 
     import zoo
-    from zoo.analysis.bench import PRECISIONS, Conditions
+    from zoo.analysis.bench import Conditions
     from zoo.analysis.counts import count_modules
     from zoo.cli._output import console, print_json, table
     from zoo.config import TextConfig
+    from zoo.deploy.program import DTYPES
 
     Conditions(device="meta", precision=precision).check()
     config = zoo.get_config(model)
     length = tokens if isinstance(config, TextConfig) else None
-    counts = count_modules(config, dtype=PRECISIONS[precision], tokens=length)
+    counts = count_modules(config, dtype=DTYPES[precision], tokens=length)
     deepest = max(path.count(".") + 1 for path in counts) if depth is None else depth
     shown = {path: each for path, each in counts.items() if not path or path.count(".") < deepest}
     if as_json:

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -292,21 +292,11 @@ _FORMATS: dict[str, Format] = {
 }
 
 
-def format_names() -> list[str]:
-    """Every format."""
-    return list(_FORMATS)
-
-
 def get_format(name: str) -> Format:
     """The format of this name."""
     if name not in _FORMATS:
         raise ConfigError(f"There is no format {name!r}; there are {', '.join(_FORMATS)}.{nearest(name, _FORMATS)}")
     return _FORMATS[name]
-
-
-def installed(name: str) -> bool:
-    """Whether a format's packages are there."""
-    return all(util.find_spec(package) is not None for package in get_format(name).packages)
 
 
 def notes_of(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -33,11 +33,10 @@ from zoo.config import ImageConfig
 from zoo.errors import ConfigError, nearest
 from zoo.pretrained.convert import adapt_layout
 from zoo.pretrained.manifest import list_weights
+from zoo.pretrained.source import TIMM_PREFIX
 from zoo.registry import family_name, get_config, get_family, index, list_models
 
 __all__ = ["register"]
-
-PREFIX = "zoo_"
 
 default_cfgs: dict[str, DefaultCfg] = {}  # timm's name -> its cfgs by tag, where timm's register_model looks for them
 
@@ -52,7 +51,7 @@ def register() -> list[str]:
     """
     names = []
     for variant in list_models(task="image-classification"):
-        name = PREFIX + variant
+        name = TIMM_PREFIX + variant
         names.append(name)
         if not is_model(name):
             default_cfgs.update(generate_default_cfgs(_default_cfgs(variant)))
@@ -75,7 +74,7 @@ def _entrypoint(variant: str) -> Callable[..., nn.Module]:
         features = {"out_indices": levels, "feature_cls": "getter", "flatten_sequential": True}
         return build_model_with_cfg(
             lambda **changes: _build(variant, **changes),
-            PREFIX + variant,
+            TIMM_PREFIX + variant,
             pretrained,
             pretrained_cfg=pretrained_cfg,
             pretrained_filter_fn=lambda state_dict, model: adapt_layout(state_dict, family, model),
@@ -84,7 +83,7 @@ def _entrypoint(variant: str) -> Callable[..., nn.Module]:
             **{**_tag_config(variant, pretrained_cfg), **kwargs},
         )
 
-    create.__name__ = create.__qualname__ = PREFIX + variant
+    create.__name__ = create.__qualname__ = TIMM_PREFIX + variant
     create.__doc__ = f"{variant} of the zoo. Keyword arguments are the fields of its config, besides timm's own."
     return create
 
@@ -101,9 +100,11 @@ def _build(
     names = [field.name for field in fields(config)]
     for name in changes:
         if name not in names:
-            raise TypeError(f"{PREFIX}{variant} got an unexpected keyword argument {name!r}.{nearest(name, names)}")
+            raise TypeError(
+                f"{TIMM_PREFIX}{variant} got an unexpected keyword argument {name!r}.{nearest(name, names)}"
+            )
     if isinstance(changes.get("img_size"), tuple | list):
-        height, width = changes["img_size"]  # timm's way; zoo's configs hold the side of a square
+        height, width = changes["img_size"]  # timm's way; zoo's configs hold one number for a square
         changes["img_size"] = height if height == width else (height, width)
     model = factory.build(config.override(**changes), device=device, dtype=dtype)
     for module in model.modules():
@@ -127,7 +128,7 @@ def _tag_config(variant: str, pretrained_cfg: Any) -> Mapping[str, Any]:
 
     ``pretrained_cfg`` is what ``timm.create_model`` passes on: a tag, a cfg as a dictionary or a record, or None.
     """
-    tag: Any = pretrained_cfg or get_pretrained_cfg(PREFIX + variant)
+    tag: Any = pretrained_cfg or get_pretrained_cfg(TIMM_PREFIX + variant)
     if not isinstance(tag, str):
         tag = tag.get("tag") if isinstance(tag, Mapping) else tag.tag
     return next((weights.config for weights in list_weights(variant) if weights.tag == tag), {})
@@ -139,7 +140,7 @@ def _default_cfgs(variant: str) -> dict[str, dict[str, Any] | PretrainedCfg]:
     for name in [weights.name for weights in list_weights(variant)] or [variant]:
         config = get_config(name)
         assert isinstance(config, ImageConfig)
-        cfgs[PREFIX + name] = factory.pretrained_cfg(
+        cfgs[TIMM_PREFIX + name] = factory.pretrained_cfg(
             variant, factory.described_by(name), config, _reductions(variant)[-1]
         )
     return cfgs

@@ -233,9 +233,9 @@ def causal_lms() -> list[CausalLM]:
     return [family.model for family in text if isinstance(family.model, CausalLM)]
 
 
-def causal_lm_of(model_type: str) -> CausalLM | None:
-    """The one that reads checkpoints of this ``model_type``; None when there is none."""
-    return next((each for each in causal_lms() if model_type in (each.model_type, *each.foreign)), None)
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, under the name that this release of transformers gives it."""
+    return output.get("cache", output.get("past_key_values"))
 
 
 def __getattr__(name: str) -> Any:

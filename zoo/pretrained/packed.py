@@ -116,5 +116,5 @@ def check_codes(model: nn.Module, path: Path) -> None:
 def _unlike(theirs: ModelConfig, ours: ModelConfig) -> str:
     if type(theirs) is not type(ours):
         return "it is of another family"
-    pairs = ((name, value, getattr(ours, name)) for name, value in theirs.to_dict().items() if name != "family")
+    pairs = ((name, value, getattr(ours, name)) for name, value in theirs.to_dict().items())
     return ", ".join(f"{name} is {own!r}, there {value!r}" for name, value, own in pairs if own != value)

@@ -224,14 +224,14 @@ def measure_latency(config: ModelConfig, device: str = "cpu") -> float:
 
     Of one sample; of a language model's, as many tokens as ``zoo bench`` measures.
     """
-    from zoo.analysis.bench import Conditions, _prepare, as_measured
+    from zoo.analysis.bench import Conditions, as_measured, call_of
     from zoo.analysis.benchmark import measure
     from zoo.factory import build
 
     conditions = Conditions(device=device)
     conditions.check()
     model = as_measured(build(config), conditions)
-    call = _prepare(model, config, conditions, 1)
+    call = call_of(model, config, conditions, 1)
     timing = measure({"pass": call}, device=device, rounds=5, turn_s=0.05, warmup_s=1.0)["pass"]
     return 1e3 * timing.median
 

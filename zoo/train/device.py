@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from zoo.deploy.program import DTYPES
 from zoo.errors import RecipeError, reason
 from zoo.train.sharding import check, launched, plugins
 
 _logger = logging.getLogger(__name__)
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -48,8 +48,8 @@ def make_accelerator(precision: str, *, sharding: str = "", offload: bool = Fals
         AcceleratorState._reset_state()
         raise RecipeError(f"train.precision is {precision!r}, which does not work here: {reason(error)}.") from error
     check(accelerator, sharding)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and precision in _DTYPES:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and precision != "fp32":
         # Accelerate leaves it to DeepSpeed, which knows of the passes in training alone.
-        autocast = partial(torch.autocast, accelerator.device.type, _DTYPES[precision])
+        autocast = partial(torch.autocast, accelerator.device.type, DTYPES[precision])
         accelerator.autocast = autocast  # type: ignore[method-assign]
     return accelerator
