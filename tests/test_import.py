@@ -45,6 +45,8 @@ def test_loads_nothing_heavy(code: str) -> None:
     [
         "list",
         "list --pretrained",
+        "info efficientvit_m5",
+        "info mor_2m_r3 --json",
         "recipes list",
         "recipes show quickstart",
         "recipes check",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from zoo.config import ModelConfig
     from zoo.pretrained.manifest import Weights
 
 
@@ -17,15 +18,25 @@ def _record(weights: "Weights") -> dict[str, Any]:
     return {"name": weights.name, **values, "path": str(weights.path) if weights.packaged else None}
 
 
+def _costs(variant: str, config: "ModelConfig") -> dict[str, int]:
+    """From the index, which needs no torch, unless the weights' config differs from the variant's."""
+    import dataclasses
+
+    from zoo.registry import get_config, index
+
+    if variant in index() and config == get_config(variant):
+        return {key: index()[variant][key] for key in ("params", "macs", "activations")}
+    from zoo.analysis.counts import count
+
+    return dataclasses.asdict(count(config))
+
+
 def info(
     name: Annotated[str, typer.Argument(help="A model, or model.tag.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's card: paper, config, costs, weights with their licence, figures and recipe."""
-    import dataclasses
-
     import zoo
-    from zoo.analysis.counts import count
     from zoo.cli._output import console, print_json, table
     from zoo.pretrained.manifest import get_weights, list_weights
     from zoo.registry import family_of, split_name
@@ -33,7 +44,7 @@ def info(
     config = zoo.get_config(name)
     family = family_of(config)
     variant, tag = split_name(name)
-    costs = count(config)
+    costs = _costs(variant, config)
     weights = [get_weights(name)] if tag else list_weights(variant)
     if as_json:
         print_json(
@@ -46,7 +57,7 @@ def info(
                 "code": family.code,
                 "code_licence": family.licence,
                 "config": config.to_dict(),
-                "costs": dataclasses.asdict(costs),
+                "costs": costs,
                 "weights": [_record(each) for each in weights],
             }
         )
@@ -58,7 +69,8 @@ def info(
     facts.add_row("paper", family.paper)
     facts.add_row("original code", f"{family.code} ({family.licence})")
     facts.add_row(
-        "costs", f"{costs.params:,} parameters, {costs.macs / 1e6:,.1f} MMACs, {costs.activations:,} activations"
+        "costs",
+        f"{costs['params']:,} parameters, {costs['macs'] / 1e6:,.1f} MMACs, {costs['activations']:,} activations",
     )
     for field, value in config.to_dict().items():
         facts.add_row(field, repr(value))
