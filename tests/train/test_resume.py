@@ -1,5 +1,6 @@
 """A run that was killed and resumed equals, to the last bit, the run that was not."""
 
+import csv
 import multiprocessing
 import os
 import random
@@ -92,6 +93,32 @@ def test_killed_at_random_moments(recipe: Recipe, whole: Path, tmp_path: Path, o
     assert not list(folder.path.glob(".*"))
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe, Path, str, int], None]:
+    """Train until just after the n-th file of a kind was written, and so before the next one was."""
+
+    def run(recipe: Recipe, out: Path, place: str, count: int) -> None:
+        function, left = getattr(engine, place), count
+
+        def once_more(*args: object, **options: object) -> None:
+            nonlocal left
+            function(*args, **options)
+            left -= 1
+            if not left:
+                raise Killed
+
+        monkeypatch.setattr(engine, place, once_more)
+        with pytest.raises(Killed):
+            train(recipe, out, quiet=True)
+        monkeypatch.undo()
+
+    return run
+
+
 @pytest.mark.parametrize(
     "place, count",
     [("write", 1), ("save_checkpoint", 1), ("save_checkpoint", 4), ("save_checkpoint", 9), ("write_metrics", 2)],
@@ -101,31 +128,22 @@ def test_killed_between_two_files(
     whole: Path,
     tmp_path: Path,
     outcome: Callable,
-    monkeypatch: pytest.MonkeyPatch,
+    killed_after: Callable,
     place: str,
     count: int,
 ) -> None:
-    """Just after the n-th file of a kind was written, and so before the next one was."""
-
-    class Killed(BaseException):
-        pass
-
-    function, left = getattr(engine, place), count
-
-    def once_more(*args: object, **options: object) -> None:
-        nonlocal left
-        function(*args, **options)
-        left -= 1
-        if not left:
-            raise Killed
-
-    monkeypatch.setattr(engine, place, once_more)
     quick = recipe.replace(**{"data.workers": 0, "train.tensorboard": False})
-    with pytest.raises(Killed):
-        train(quick, tmp_path, quiet=True)
-    monkeypatch.undo()
+    killed_after(quick, tmp_path, place, count)
     train(quick, tmp_path, resume=True, quiet=True)
     assert outcome(tmp_path) == outcome(whole)
+
+
+def test_goes_on_in_smaller_passes(recipe: Recipe, tmp_path: Path, killed_after: Callable) -> None:
+    """As the message of a run that has no memory left advises."""
+    killed_after(recipe, tmp_path, "save_checkpoint", 4)
+    result = train(recipe.replace(**{"train.micro_batch": 4}), tmp_path, resume=True, quiet=True)
+    steps = [row["step"] for row in csv.DictReader((result.folder / "metrics.csv").open())]
+    assert steps == ["6", "12", "18"]
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ _REMEMBERED = ("step", "epoch", "epoch_step", "loss_sum", "history", "best", "se
 # with others of these a run may go on, as with other processes
 _MAY_CHANGE = (
     "data.workers",
+    "train.micro_batch",
     "train.sharding",
     "train.offload",
     "train.tensorboard",
