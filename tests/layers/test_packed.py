@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from zoo.analysis.benchmark import torch_threads
 from zoo.layers import PackedConv2d, PackedLinear, fuse_activation, pack
 from zoo.layers.linear import PointLinear
 
@@ -60,6 +61,21 @@ def test_follows_the_weight() -> None:
             change(packed)
             x = images().to(plain.weight.dtype)
             assert_close(packed(x), plain(x))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("layer", [PackedConv2d(64, 64, 3, padding=1), PackedLinear(512, 512)])
+def test_packs_anew_for_another_number_of_threads(layer: PackedConv2d | PackedLinear) -> None:
+    """oneDNN lays weights out by it, and rearranges the wrong layout in every call, at several times the cost."""
+    x = torch.randn(4, 64, 28, 28) if isinstance(layer, nn.Conv2d) else torch.randn(4, 512)
+    with torch_threads(2):
+        first = layer(x)
+        of_two = layer._packed
+        layer(x)
+        assert layer._packed is of_two
+    with torch_threads(1):
+        assert_close(layer(x), first)
+        assert layer._packed is not of_two
 
 
 def test_what_is_packed_stays_out_of_copies_and_files() -> None:
@@ -125,7 +141,7 @@ def test_linear(width: int, act: nn.Module | None) -> None:
                 assert_close(packed(inputs), follow(plain(inputs)))
             plain.weight.mul_(2)
             packed.weight.mul_(2)
-        assert packed._packed[3] == (width == 2**14)  # whether by oneDNN
+        assert packed._packed[4] == (width == 2**14)  # whether by oneDNN
         assert copy.deepcopy(packed)._packed is None
         assert_close(torch.jit.script(packed)(x), follow(plain(x)))
     packed(x).sum().backward()

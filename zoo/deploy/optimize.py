@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.analysis.benchmark import REST_S, compare, measure
+from zoo.analysis.benchmark import REST_S, compare, measure, torch_threads
 from zoo.atomic import load_safetensors, save_safetensors
 from zoo.config import ImageConfig, TextConfig
 from zoo.deploy import forms
@@ -321,7 +321,7 @@ def optimize(
         threads=threads,
         rounds=max(3, min(rounds, int(0.6 * left / once))),
         turn_s=_TURN,
-        warmup_s=min(1.0, 0.4 * left / len(calls)),
+        warmup_s=min(1.0, max(2 * _TURN, 0.4 * left / len(calls))),  # some, even when no time is left
     )
     for key, timing in timings.items():
         row, (low, high) = candidates[key].row, timing.quartiles
@@ -399,6 +399,7 @@ class _Search:
         self.pictures = pictures
         self.rows: list[Row] = []
         self.candidates: dict[str, _Candidate] = {}
+        self._workers: list[_Worker] = []
         self._notable: set[str] = set()  # why something was skipped, worth saying unasked
         self._programs: dict[str, torch.export.ExportedProgram | ExportError] = {}
         self._sources: dict[tuple[str, str], Path | ZooError] = {}
@@ -408,20 +409,19 @@ class _Search:
         self._write_inputs()
         # The slowest to build goes first, into the background; the forms are tried while the others build.
         engines = sorted((name for name in engine_names() if names is None or name in names), key=_build_time)
-        running: list[_Worker] = []
         try:
             for name in engines:
                 for precision in precisions:
                     if worker := self._start(name, precision):
-                        running.append(worker)
+                        self._workers.append(worker)
             for precision in precisions:  # fp32 first: the others are compared with it
                 for name in forms.form_names():
                     if names is None or name in names:
                         self.try_form(name, precision)
-            for worker in running:
+            for worker in self._workers:
                 worker.finish(self)
         finally:  # an interrupt does not reach processes of another session
-            for worker in running:
+            for worker in self._workers:
                 worker.stop()
         if not self.named:
             self.rows = [row for row in self.rows if row.status != "skipped" or row.note in self._notable]
@@ -441,10 +441,13 @@ class _Search:
             def run(*inputs: Tensor) -> list[Tensor]:
                 return tensors_of(made(*inputs))
 
-            answers = []
-            with torch.inference_mode():
-                for inputs in self.checks:
-                    if (name, precision) != ("eager", "fp32") and time.monotonic() > self.deadline:
+            itself = (name, precision) == ("eager", "fp32")  # whose answers are known
+            answers = self.expected if itself else []
+            # More threads than cores wait for each other far longer than they compute.
+            share = max(1, self.threads // (1 + sum(worker.alive for worker in self._workers)))
+            with torch.inference_mode(), torch_threads(share):
+                for inputs in () if itself else self.checks:
+                    if time.monotonic() > self.deadline:
                         row.status, row.note = "failed", "was not checked before its time was over"
                         return
                     answers.append(run(*inputs))
@@ -635,9 +638,13 @@ class _Worker:
         key = f"{row.engine} {row.precision}"
         search.candidates[key] = _Candidate(row=row, job=self.job, run=run, files=self.files)
 
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self) -> None:
         """End it, and what it has started, unless it is done."""
-        if self._process.poll() is not None:
+        if not self.alive:
             return
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError):

@@ -69,9 +69,8 @@ class PackedConv2d(nn.Conv2d):
     """
 
     act: str = "none"
-    _packed: Any = (
-        None  # (address of the weight, its version, shape of the input, how to run it, what holds the weight)
-    )
+    # (address of the weight, its version, shape of the input, threads, how to run it, the packed weight, the weight)
+    _packed: Any = None
 
     @classmethod
     def of(cls, conv: Any, act: nn.Module | None = None) -> "PackedConv2d":
@@ -110,18 +109,17 @@ class PackedConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _run(self, input: Tensor) -> Tensor:
-        weight, shape, found = self._parameters["weight"], input.shape, self._packed
+        weight, found = self._parameters["weight"], self._packed
         assert weight is not None
-        version = -1 if weight.is_inference() else weight._version
-        if found is None or found[:3] != (weight.data_ptr(), version, shape):
-            # The weight is held, so that its address cannot become another's.
+        key = _key(weight, input.shape)
+        if found is None or found[:4] != key:
             held = weight.detach()
-            found = self._packed = (held.data_ptr(), version, shape, *self._pack(held, input), held)
+            found = self._packed = (*key, *self._pack(held, input), held)
         bias = self._parameters["bias"]
-        if found[3] is None:
-            y = F.linear(input.permute(0, 2, 3, 1), found[4], bias).permute(0, 3, 1, 2)
+        if found[4] is None:
+            y = F.linear(input.permute(0, 2, 3, 1), found[5], bias).permute(0, 3, 1, 2)
             return y if self.act == "none" else _ACTIVATE_IN_PLACE[self.act](y)
-        y = _onednn_conv(input, found[4], bias, *found[3])
+        y = _onednn_conv(input, found[5], bias, *found[4])
         return F.silu(y, inplace=True) if self.act == "swish" else y
 
     def _pack(self, weight: Tensor, input: Tensor) -> tuple[Any, Tensor]:
@@ -154,7 +152,8 @@ class PackedLinear(nn.Linear):
     """
 
     act: str = "none"
-    _packed: Any = None  # (address of the weight, its version, rows of the input, whether by oneDNN, copy, the weight)
+    # (address of the weight, its version, rows of the input, threads, whether by oneDNN, copy, the weight)
+    _packed: Any = None
 
     @classmethod
     def of(cls, linear: nn.Linear, act: nn.Module | None = None) -> "PackedLinear":
@@ -182,25 +181,33 @@ class PackedLinear(nn.Linear):
     def _run(self, input: Tensor) -> Tensor:
         weight, rows, found = self._parameters["weight"], input.numel() // input.shape[-1], self._packed
         assert weight is not None
-        version = -1 if weight.is_inference() else weight._version
-        if found is None or found[:3] != (weight.data_ptr(), version, rows):
+        key = _key(weight, rows)
+        if found is None or found[:4] != key:
             held = weight.detach()
             pays = rows * held.numel() >= (_MIN_LINEAR_MACS if self.act == "none" else _MIN_LINEAR_MACS / 2)
             pays = pays or held.numel() >= _MIN_LINEAR_NUMEL
             copy = _reorder_linear(held, rows) if pays else held.t().contiguous().t()
-            found = self._packed = (held.data_ptr(), version, rows, pays, copy, held)
+            found = self._packed = (*key, pays, copy, held)
         bias = self._parameters["bias"]
-        if not found[3]:
-            y = F.linear(input, found[4], bias)
+        if not found[4]:
+            y = F.linear(input, found[5], bias)
             return y if self.act == "none" else _ACTIVATE_IN_PLACE[self.act](y)
         algorithm = "none" if self.act == "gelu" else ""
-        return _onednn_linear(input, found[4], bias, self.act, (), algorithm)
+        return _onednn_linear(input, found[5], bias, self.act, (), algorithm)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+def _key(weight: Tensor, size: Any) -> tuple[Any, ...]:
+    """What a packed weight is good for; who keeps it holds the weight, so that its address cannot become another's.
+
+    oneDNN chooses the layout by the number of threads too, and takes several times as long with another's.
+    """
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version, size, torch.get_num_threads()
 
 
 def is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
