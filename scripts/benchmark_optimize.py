@@ -146,14 +146,13 @@ def main() -> None:
         torch.manual_seed(0)
         size = zoo.get_config(name).input_hw
         pictures = read(options.pictures, size, options.count) if options.pictures else None
-        model = fill(zoo.create_model(name), torch.randn(8, 3, *size) if pictures is None else pictures[::125][:8])
+        seen = torch.randn(8, 3, *size) if pictures is None else pictures[:: max(1, len(pictures) // 8)][:8]
+        model = fill(zoo.create_model(name), seen)
         kind, plain = plain_model(name, model, options.efficientmod)
         for batch in options.batch:
             # Inputs are like those that the batch norms saw, or activations would explode and every rounding with them.
             noise = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
             x = noise if pictures is None else pictures[:batch].clone()
-            with torch.inference_mode():
-                calls = rivals(kind, plain, x, options.threads, options.against)
             fast = zoo.optimize(
                 model,
                 x,
@@ -163,7 +162,8 @@ def main() -> None:
                 threads=options.threads,
                 engines=options.engines.split(",") if options.engines else None,
             )
-            with torch.inference_mode():
+            with torch.inference_mode():  # made after the search, which its users run in a process without them
+                calls = rivals(kind, plain, x, options.threads, options.against)
                 timings = measure({"ours": lambda: fast(x), **calls}, threads=options.threads, rounds=options.rounds)  # noqa: B023
             print(f"\n{fast.report}\n", file=sys.stderr)
             chosen, seconds = fast.report.chosen, fast.report.facts["search_s"]

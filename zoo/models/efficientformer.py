@@ -117,7 +117,13 @@ class FusedBlock4d(nn.Module):
         self.mlp = block.mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.lerp(x, self.pool(x), self.gamma.to(x.dtype))  # x + gamma * (pool(x) - x)
+        pooled, gamma = self.pool(x), self.gamma.to(x.dtype)
+        if torch.jit.is_scripting():
+            x = torch.lerp(x, pooled, gamma)  # x + gamma * (pooled - x)
+        else:  # TorchScript does not compile this branch
+            # ONNX has no lerp; what is put in its place are six operators, two of them a choice.
+            exporting = torch.compiler.is_compiling()
+            x = x + gamma * (pooled - x) if exporting else torch.lerp(x, pooled, gamma)
         return x + self.mlp(x)
 
 
