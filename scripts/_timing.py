@@ -7,20 +7,21 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from zoo.analysis.benchmark import REST_S
+from zoo.analysis.benchmark import REST_S, old_objects_kept
 from zoo.deploy.cuda_graph import record
 
 
 def in_turns(rounds: int, timers: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """``rounds`` samples of each timer in turn, after one of each that is not counted."""
     samples: dict[str, list[float]] = {name: [] for name in timers}
-    for i in range(rounds + 1):
-        for name, timer in timers.items():
-            gc.collect()
-            time.sleep(REST_S)
-            seconds = timer()
-            if i:
-                samples[name].append(seconds)
+    with old_objects_kept():
+        for i in range(rounds + 1):
+            for name, timer in timers.items():
+                gc.collect()
+                time.sleep(REST_S)
+                seconds = timer()
+                if i:
+                    samples[name].append(seconds)
     return samples
 
 

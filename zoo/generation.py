@@ -14,7 +14,6 @@ from zoo.data.tokens import Tokenizer, load_tokenizer
 from zoo.errors import ConfigError, DataError, WeightsError, reason
 from zoo.factory import create_model
 from zoo.pretrained.source import find_weights, is_source
-from zoo.registry import get_config, is_model
 
 
 @dataclass(frozen=True)
@@ -238,12 +237,9 @@ def load_writer(
     if not is_source(name) and len(Path(name).parts) > 1:
         raise WeightsError(f"No run folder {str(model)!r}; expected one, or the name of a model (`zoo list`).")
     weights = find_weights(name)
-    no_text = ConfigError(f"{weights.name} writes no text; expected a language model: zoo list --task text-generation.")
-    if is_model(name) and not isinstance(get_config(name), TextConfig):
-        raise no_text  # before its weights are fetched
+    if not isinstance(weights.model_config, TextConfig):  # asked before weights are fetched
+        raise ConfigError(f"{weights.name} writes no text; expected a language model: zoo list --task text-generation.")
     network: Any = create_model(name, pretrained=True, device=device, dtype=dtype).eval()
-    if not hasattr(network, "generate"):
-        raise no_text
     tokenizer = tokenizer or weights.tokenizer
     if not tokenizer:
         raise WeightsError(f"{name} does not say which tokenizer it needs; name it: --tokenizer bytes, for example.")

@@ -1,5 +1,6 @@
 """Order and augmentation are functions of (seed, epoch, sample): not of workers, batches, processes or history."""
 
+import errno
 import io
 import os
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.data import loader as loader_module
 from zoo.data.augment import TrainTransform
 from zoo.data.image import EvalTransform, Normalise
 from zoo.data.loader import _AHEAD, _HELD, Batch, EpochSampler, ImageSamples, Loader, derive_seed, seeded
@@ -302,3 +304,12 @@ def test_pictures_larger_than_their_slot_come_in_memory_of_their_own(class_folde
         batches = epoch_of(helped, epoch)
         assert {batch.inputs.shape[-1] for batch in batches} == {16 if epoch else 24}
         assert equal(epoch_of(alone, epoch), batches)
+
+
+def test_without_shared_memory_batches_come_in_their_own(class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(count: int, nbytes: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    alone = epoch_of(training_loader(class_folder), 0)
+    monkeypatch.setattr(loader_module, "Slots", refuse)
+    assert equal(epoch_of(training_loader(class_folder, workers=1), 0), alone)

@@ -134,7 +134,7 @@ def measure(
     warm = {name: _warm_up(turn, turn_s, warmup_s) for name, turn in turns.items()}
     times: dict[str, list[list[float]]] = {name: [] for name in turns}
     session = secrets.token_hex(4)
-    with _old_objects_kept():
+    with old_objects_kept():
         for _ in range(rounds):
             for name, turn in turns.items():
                 gc.collect()
@@ -154,7 +154,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _old_objects_kept() -> Iterator[None]:
+def old_objects_kept() -> Iterator[None]:
     """A block in which collecting garbage looks at new objects alone: torch's take a third of a second."""
     if gc.get_freeze_count():  # the caller does so himself
         yield

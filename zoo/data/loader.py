@@ -12,7 +12,7 @@ import random
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -337,7 +337,10 @@ class Loader:
         self.skipped: dict[str, str] = {}
         forked = workers > 0 and sys.platform == "linux"
         nbytes = sampler.batch_size * samples.nbytes
-        self._slots = Slots(_AHEAD * workers + _HELD, nbytes) if forked and nbytes else None
+        self._slots: Slots | None = None
+        if forked and nbytes:
+            with suppress(OSError):  # more than the system grants at once: batches come in memory of their own
+                self._slots = Slots(_AHEAD * workers + _HELD, nbytes)
         self._loader: DataLoader = DataLoader(
             _Answers(samples, self._slots),
             batch_sampler=_Requests(sampler, self._slots),  # type: ignore[arg-type]  # asked for: a Sampler

@@ -441,16 +441,18 @@ class _Search:
             def run(*inputs: Tensor) -> list[Tensor]:
                 return tensors_of(made(*inputs))
 
-            itself = (name, precision) == ("eager", "fp32")  # whose answers are known
-            answers = self.expected if itself else []
-            # More threads than cores wait for each other far longer than they compute.
-            share = max(1, self.threads // (1 + sum(worker.alive for worker in self._workers)))
-            with torch.inference_mode(), torch_threads(share):
-                for inputs in () if itself else self.checks:
-                    if time.monotonic() > self.deadline:
-                        row.status, row.note = "failed", "was not checked before its time was over"
-                        return
-                    answers.append(run(*inputs))
+            if (name, precision) == ("eager", "fp32"):
+                answers = self.expected  # it is the model itself
+            else:
+                answers = []
+                # More threads than cores wait for each other far longer than they compute.
+                share = max(1, self.threads // (1 + sum(worker.alive for worker in self._workers)))
+                with torch.inference_mode(), torch_threads(share):
+                    for inputs in self.checks:
+                        if time.monotonic() > self.deadline:
+                            row.status, row.note = "failed", "was not checked before its time was over"
+                            return
+                        answers.append(run(*inputs))
         except Exception as error:
             row.status, row.note = "failed", reason(error)
             return
