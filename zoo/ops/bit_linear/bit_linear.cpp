@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -45,7 +46,7 @@ constexpr int kMaxTokens = 4;
 constexpr int64_t kMaxInputs = 1 << 17;  // up to which sums are exact
 // Bytes of packed weights that are asked of memory ahead of their use with one token, when nothing else covers the wait:
 // the processor itself looks no further than the page's end.
-constexpr int64_t kAhead = 3072;
+constexpr int64_t kAhead = 4096;
 
 int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlign; }
 
@@ -249,15 +250,16 @@ const Kernels& kernels(int64_t choice) {
   return *all_kernels()[choice];
 }
 
+// Packed rows for one thread at least, of which each meets so many activations: what takes less time than waking another.
+int64_t grain(int64_t activations) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(activations, 1)); }
+
 // The product of `tokens` tokens (codes with their row's stride) and packed weights; write(token, row, sum of code times
 // activation) gets each element.
 template <typename Write>
 void multiply(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int64_t rows, int64_t columns,
               const int8_t* codes, int64_t stride, int64_t tokens, const Write& write) {
   const int64_t block = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(columns, 1), 4, 64);
-  // One thread for what takes less time than waking another
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns * tokens, 1));
-  at::parallel_for(0, packed_rows, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, packed_rows, grain(columns * tokens), [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += block) {
       const int64_t last = std::min(first + block, end);
       for (int64_t token = 0; token < tokens; token += k.tokens) {
@@ -345,12 +347,29 @@ Quantised quantise(const Tensor& x, const Tensor& norm_weight, double eps) {
   Quantised q(tokens, columns);
   const float *data = x.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
   at::parallel_for(0, tokens, std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1)), [&](int64_t begin, int64_t end) {
-    std::vector<float> y(columns);
+    const std::unique_ptr<float[]> y(new float[columns]);
     for (int64_t t = begin; t < end; ++t)
-      quantise_token(data + t * columns, weight, float(eps), columns, y.data(), q.codes + t * q.stride, &q.step[t],
+      quantise_token(data + t * columns, weight, float(eps), columns, y.get(), q.codes + t * q.stride, &q.step[t],
                      &q.sum[t]);
   });
   return q;
+}
+
+// BitLinear of one token x [columns]. Each thread quantises it for itself, since waiting for another to do so takes longer.
+void multiply_token(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int64_t rows, int64_t columns,
+                    const float* x, const float* weight, float eps, float unit, float* out) {
+  at::parallel_for(0, packed_rows, grain(columns), [&](int64_t begin, int64_t end) {
+    Quantised q(1, columns);
+    const std::unique_ptr<float[]> y(new float[columns]);
+    quantise_token(x, weight, eps, columns, y.get(), q.codes, &q.step[0], &q.sum[0]);
+    const float step = q.step[0] * unit;
+    for (int64_t r = begin; r < end; ++r) {
+      int32_t sums[kMaxTokens][4];
+      k.rows[0](packed + r * columns, columns, q.codes, q.stride, sums);
+      for (int i = 0; i < 4; ++i)
+        if (r + i * packed_rows < rows) out[r + i * packed_rows] = float(sums[0][i] - q.sum[0]) * step;
+    }
+  });
 }
 
 // Whether x is [..., columns] float32, packed [R, columns] uint8, norm_weight [columns], and scale, what a weight of 1 is
@@ -373,9 +392,14 @@ Tensor packed_bit_linear(const Tensor& x_, const Tensor& packed_, const Tensor& 
   Tensor out = at::empty(shape, x.options());
   if (out.numel() == 0) return out;
   if (x.numel() == 0) return out.zero_();  // no inputs
-  const Quantised q = quantise(x, norm_weight, eps);
   const float unit = *scale.const_data_ptr<float>();
   float* target = out.data_ptr<float>();
+  if (x.numel() == packed.size(1)) {
+    multiply_token(k, packed.const_data_ptr<uint8_t>(), packed.size(0), rows, packed.size(1), x.const_data_ptr<float>(),
+                   norm_weight.const_data_ptr<float>(), float(eps), unit, target);
+    return out;
+  }
+  const Quantised q = quantise(x, norm_weight, eps);
   multiply(k, packed.const_data_ptr<uint8_t>(), packed.size(0), rows, packed.size(1), q.codes, q.stride,
            int64_t(q.step.size()), [&](int64_t token, int64_t row, int32_t sum) {
              target[token * rows + row] = float(sum - q.sum[token]) * (q.step[token] * unit);
