@@ -74,7 +74,7 @@ def selective_scan(
         y, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     else:
         check(u, delta, A, B, C, D, z, delta_bias)
-        form: Callable[..., tuple[Tensor, Tensor]] = selective_scan_reference if route == "ref" else vectorised.forward
+        form: Callable[..., tuple[Tensor, Tensor]] = selective_scan_reference if route == "ref" else vectorised.exported
         tensors = cast(compute_dtype(u), u, delta, A, B, C, D, z, delta_bias)
         y, last_state = form(*tensors, delta_softplus)
         y = y.to(u.dtype)
@@ -93,4 +93,4 @@ def onnx_decompositions() -> dict[Any, Callable[..., Any]]:
     A program that was exported before does: ``program.run_decompositions(onnx_decompositions())``, added to
     ``torch.export.default_decompositions()`` as needed.
     """
-    return {torch.ops.zoo.selective_scan.default: vectorised.forward}
+    return {torch.ops.zoo.selective_scan.default: vectorised.exported}

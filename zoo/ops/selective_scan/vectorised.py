@@ -3,6 +3,8 @@
 To bound memory, which holds every state of a stretch, long sequences go one chunk after the other.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from zoo.ops._linear_scan import linear_scan
 
 CHUNK = 256  # steps
+EXPORTED_CHUNK = 4096  # a graph has the operators of every chunk, and takes longer to convert than in proportion
 
 
 def _scan_from(state: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -56,6 +59,11 @@ def forward(
     if z is not None:
         y = y * F.silu(z)
     return y, state.flatten(1, 2)
+
+
+def exported(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """:func:`forward` for a graph that is exported."""
+    return forward(*inputs, chunk=EXPORTED_CHUNK)  # type: ignore[misc]
 
 
 def backward(
