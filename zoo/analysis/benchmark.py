@@ -117,7 +117,7 @@ def measure(
         clock: ``"wall"``, or ``"cpu"`` for the process's time on all cores, which other processes disturb less.
         rounds: How many.
         turn_s: Seconds of a turn; calls are repeated to fill it.
-        warmup_s: The most seconds to warm one call up.
+        warmup_s: The most seconds to warm one call up; 0 for none, of what has just been called.
 
     Raises:
         ConfigError: If the device cannot be used, or a number is out of range.
@@ -248,6 +248,8 @@ def _cuda_turn(call: Callable[[], object], device: torch.device, at_least: float
 
 def _warm_up(turn: Callable[[float], list[float]], turn_s: float, at_most: float) -> tuple[int, bool]:
     """Take turns until two in a row agree; how many calls that took, and whether they did."""
+    if not at_most:
+        return 0, False
     start, calls, before = time.perf_counter(), 0, 0.0
     while True:
         times = turn(turn_s)

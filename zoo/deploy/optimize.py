@@ -33,6 +33,7 @@ TF32_TOLERANCE = 2e-3  # and on a GPU, where PyTorch by default lets convolution
 _CHECKED = 64  # pictures that every candidate answers before it counts
 _MEASURED_SHARE = 0.25  # of the time limit, kept for measuring
 _WRITTEN = 16  # tokens that a language model writes in a measured call on a GPU
+_WARM_S = 0.5  # from how many seconds on one call is warm-up enough
 _TURN = 0.1  # seconds in which a candidate is called again and again, at least once
 
 
@@ -315,13 +316,14 @@ def optimize(
     }
     once = sum(max(_seconds(call), _TURN) + REST_S for call in calls.values())  # of a round; and the first of a warm-up
     left = max(0.0, deadline - time.monotonic())
+    warm = once > _WARM_S * len(calls)  # by those first calls; otherwise some, even when no time is left
     timings = measure(
         calls,
         device=target,
         threads=threads,
-        rounds=max(3, min(rounds, int(0.6 * left / once))),
+        rounds=max(3, min(rounds, int(0.5 * left / once))),
         turn_s=_TURN,
-        warmup_s=min(1.0, max(2 * _TURN, 0.4 * left / len(calls))),  # some, even when no time is left
+        warmup_s=0.0 if warm else min(1.0, max(2 * _TURN, 0.3 * left / len(calls))),
     )
     for key, timing in timings.items():
         row, (low, high) = candidates[key].row, timing.quartiles
@@ -690,11 +692,14 @@ def _writing(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]
 
 
 def _seconds(call: Callable[[], None]) -> float:
-    """How long the second of two calls takes; the first may pack weights."""
-    call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    """How long a call takes, the second if that is short: the first may pack weights."""
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        if seconds > _WARM_S:
+            break
+    return seconds
 
 
 def check_request(target: str, precision: str | Sequence[str], engines: Sequence[str] | None) -> None:
