@@ -16,10 +16,12 @@ from zoo.layers.linear import PointLinear
 
 # Calling oneDNN costs 10 to 30 microseconds more than calling BLAS, and gives more speed. That pays from about this
 # many multiply-accumulates on; from half as many for a linear layer with an activation, which then takes no pass of its
-# own; and from this many numbers in the weight of a linear layer, however few the rows. With AVX2 alone, oneDNN is no
-# faster than BLAS at matrix products that leave BLAS little to rearrange, and pays later.
+# own; and from this many numbers in the weight of a linear layer, however few the rows. With AVX2 alone, and on Intel's
+# processors with AMX, for which its MKL is written, oneDNN is no faster than BLAS at matrix products that leave BLAS
+# little to rearrange, and pays later.
 _MIN_MACS = 2e6
-_MIN_LINEAR_MACS = 2.5e7 if torch.backends.cpu.get_cpu_capability() == "AVX2" else _MIN_MACS
+_BLAS_IS_QUICK = torch.backends.cpu.get_cpu_capability() == "AVX2" or torch.cpu._is_amx_tile_supported()
+_MIN_LINEAR_MACS = 2.5e7 if _BLAS_IS_QUICK else _MIN_MACS
 _MIN_LINEAR_NUMEL = 2**18
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.Hardswish: "hardswish", nn.SiLU: "swish"}  # oneDNN's names
