@@ -1,6 +1,7 @@
 """zoo profile: rows add up to the counted whole, ideals follow from the peaks, and the plot is drawn."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         main(["profile", "efficientvit_m0", "--depth", "1", "--threads", "1", "--json"])
     values = json.loads(capsys.readouterr().out)
     assert values["total"]["macs"] == sum(layer["macs"] for layer in values["layers"])
+
+
+@pytest.mark.parametrize("peak, believed", [(1e5, False), (1e15, True)])
+def test_a_model_beyond_the_peak_is_not_believed(
+    peak: float, believed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "measure_peaks", lambda conditions: replace(PEAKS, macs_per_s=peak))
+    with pytest.raises(SystemExit):
+        main(["profile", "efficientvit_m0", "--depth", "1", "--threads", "1"])
+    assert ("No model beats the peak" not in capsys.readouterr().out) == believed
 
 
 @pytest.mark.parametrize(

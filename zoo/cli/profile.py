@@ -92,6 +92,8 @@ def profile(
         f"roofline efficiency {100 * found.roofline_efficiency:.1f} % (sum of ideal times / latency)",
         markup=False,
     )
+    if found.computational_efficiency > 1:
+        out.print("No model beats the peak: other work slowed the machine while it was measured. Run it again.")
 
 
 def _print_counts(model: str, depth: int | None, precision: str, tokens: int, *, as_json: bool) -> None:
