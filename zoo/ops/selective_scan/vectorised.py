@@ -3,7 +3,7 @@
 To bound memory, which holds every state of a stretch, long sequences go one chunk after the other.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +61,7 @@ def forward(
     return y, state.flatten(1, 2)
 
 
-def exported(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """:func:`forward` for a graph that is exported."""
-    return forward(*inputs, chunk=EXPORTED_CHUNK)  # type: ignore[misc]
+exported = partial(forward, chunk=EXPORTED_CHUNK)
 
 
 def backward(
