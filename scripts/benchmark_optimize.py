@@ -1,6 +1,7 @@
 """``zoo.optimize`` against what its users would do otherwise, on this machine, side by side.
 
     python scripts/benchmark_optimize.py [MODEL ...] [--batch 1] [--threads 2] [--pictures FILE --precision bf16,int8]
+    python scripts/benchmark_optimize.py [MODEL ...] --target cuda [--precision fp16]
 
 The rivals, each on the same random weights: timm's eager model, its ``torch.compile``, a plain ONNX export of it in
 onnxruntime, and the same file in OpenVINO; ``--against`` names some of them. EfficientMod is none of timm's: there it
@@ -15,12 +16,14 @@ arithmetic is from fp32, and nothing about accuracy: ``scripts/optimize_accuracy
 """
 
 import argparse
+import copy
 import importlib.util
 import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Container
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from zoo.preprocessing import Preprocessing
 from zoo.pretrained.convert import to_authors
 
 RIVALS = ("eager", "compile", "onnxruntime", "openvino")
+GPU_RIVALS = ("eager", "compile", "reduce-overhead")
 MODELS = ("efficientvit_m5", "efficientformer_l1", "lowformer_b1", "efficientmod_s", "tinynet_a")
 
 
@@ -121,24 +125,46 @@ def rivals(kind: str, plain: nn.Module, x: Tensor, threads: int, names: Containe
     return found
 
 
+def rivals_on_a_gpu(
+    kind: str, plain: nn.Module, x: Tensor, names: Container[str], half: bool
+) -> dict[str, Callable[[], Any]]:
+    """The same on a GPU; ``names`` are of GPU_RIVALS. ``half``: also in fp16, in which cuDNN prefers channels-last."""
+    forms = {"": (plain.to(x.device), x)}
+    if half:
+        low = copy.deepcopy(plain).half().to(memory_format=torch.channels_last)
+        forms[" in fp16"] = (low, x.half().contiguous(memory_format=torch.channels_last))
+    found: dict[str, Callable[[], Any]] = {}
+    for suffix, (model, given) in forms.items():
+        if "eager" in names:
+            found[f"{kind} eager{suffix}"] = partial(model, given)
+        if "compile" in names:
+            found[f"its torch.compile{suffix}"] = partial(torch.compile(model), given)
+        if "reduce-overhead" in names:
+            found[f"the same with CUDA graphs{suffix}"] = partial(torch.compile(model, mode="reduce-overhead"), given)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--target", default="cpu", help="of zoo.optimize: cpu, or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--time-limit", type=float, default=60.0, help="of the search, in seconds")
     parser.add_argument("--precision", default="fp32", help="what zoo.optimize may take besides fp32, with commas")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="of those")
     parser.add_argument("--engines", help="of zoo.optimize, with commas; all by default")
-    parser.add_argument("--against", nargs="+", choices=RIVALS, default=RIVALS, help="rivals; all by default")
+    parser.add_argument("--against", nargs="+", choices=(*RIVALS, *GPU_RIVALS[2:]), help="rivals; all by default")
     parser.add_argument("--pictures", type=Path, help="parquet file with pictures, to calibrate with and to compare on")
     parser.add_argument("--count", type=int, default=1000, help="pictures to compare on")
     parser.add_argument("--efficientmod", type=Path, help="the authors' models/EfficientMod.py")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    here = machine()
-    print(f"{here['cpu']}, {here['cpu_capability']}, {options.threads} threads, torch {torch.__version__}", end=", ")
+    here, on_gpu = machine(), options.target != "cpu"
+    processor = here["gpu"] if on_gpu else f"{here['cpu']}, {here['cpu_capability']}, {options.threads} threads"
+    print(f"{processor}, torch {torch.__version__}", end=", ")
     print(f"timm {timm.__version__}, load average {os.getloadavg()[0]:.2f} on {here['cores']} cores\n")
     print("| model | batch | zoo.optimize | ms | against | its ms | faster by | search (s) | top-1 same |")
     print("|---|---:|---|---:|---|---:|---:|---:|---:|")
@@ -156,23 +182,35 @@ def main() -> None:
             fast = zoo.optimize(
                 model,
                 x,
+                options.target,
                 precision=options.precision.split(","),
                 tolerance=options.tolerance,
                 pictures=None if pictures is None else pictures[:128],
                 threads=options.threads,
+                time_limit=options.time_limit,
                 engines=options.engines.split(",") if options.engines else None,
             )
             with torch.inference_mode():  # made after the search, which its users run in a process without them
-                calls = rivals(kind, plain, x, options.threads, options.against)
-                timings = measure({"ours": lambda: fast(x), **calls}, threads=options.threads, rounds=options.rounds)  # noqa: B023
+                if on_gpu:
+                    x = x.to(options.target)
+                    names = options.against or GPU_RIVALS
+                    calls = rivals_on_a_gpu(kind, plain, x, names, "fp16" in options.precision)
+                else:
+                    calls = rivals(kind, plain, x, options.threads, options.against or RIVALS)
+                timings = measure(
+                    {"ours": partial(fast, x), **calls},
+                    device=options.target,
+                    threads=options.threads,
+                    rounds=options.rounds,
+                )
             print(f"\n{fast.report}\n", file=sys.stderr)
             chosen, seconds = fast.report.chosen, fast.report.facts["search_s"]
             exact = pictures is None or chosen.precision == "fp32"
             same = "-" if exact else f"{100 * agreement(model, fast, pictures, batch):.1f} %"
             for rival in calls:
                 print(
-                    f"| `{name}` | {batch} | {chosen.engine} {chosen.precision} | {1e3 * timings['ours'].median:.1f} "
-                    f"| {rival} | {1e3 * timings[rival].median:.1f} | {compare(timings['ours'], timings[rival])} "
+                    f"| `{name}` | {batch} | {chosen.engine} {chosen.precision} | {1e3 * timings['ours'].median:.2f} "
+                    f"| {rival} | {1e3 * timings[rival].median:.2f} | {compare(timings['ours'], timings[rival])} "
                     f"| {seconds:.0f} | {same} |",
                     flush=True,
                 )
@@ -182,9 +220,10 @@ def main() -> None:
 @torch.inference_mode()
 def agreement(model: nn.Module, fast: Any, pictures: Tensor, batch: int) -> float:
     """The share of pictures whose likeliest class is the same."""
-    whole = len(pictures) // batch * batch
-    expected = torch.cat([model(x).argmax(1) for x in pictures[:whole].split(50)])
-    same = expected == torch.cat([fast(x).argmax(1) for x in pictures[:whole].split(batch)])
+    whole = pictures[: len(pictures) // batch * batch].to(fast.job.target)
+    model.to(fast.job.target)
+    expected = torch.cat([model(x).argmax(1) for x in whole.split(50)])
+    same = expected == torch.cat([fast(x).argmax(1) for x in whole.split(batch)])
     return float(same.float().mean())
 
 

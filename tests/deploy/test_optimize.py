@@ -538,11 +538,19 @@ def test_onnxruntime_is_told_which_gpu(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(model: nn.Module) -> None:
+@pytest.mark.parametrize("engine", ["channels-last", "cuda-graph", "channels-last-cuda-graph", "inductor"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_on_a_gpu(engine: str, precision: str, vit: nn.Module, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    fast = search(model, torch.randn(1, 3, 64, 64), target="cuda", precision="fp16")
+    example = torch.randn(2, 3, 64, 64)
+    fast = search(vit, example, target="cuda", precision=precision, engines=[engine], tolerance=0.1)
     rows = {(row.engine, row.precision): row for row in fast.report.rows}
-    assert rows["cuda-graph", "fp16"].latency_ms is not None, str(fast.report)
-    x = torch.randn(1, 3, 64, 64)
-    assert (fast(x.cuda()).cpu() - eval_of(model, x)).norm() <= 1e-2 * eval_of(model, x).norm()
+    assert rows[engine, precision].latency_ms is not None, str(fast.report)
+    loaded = zoo.load_optimized(fast.save(tmp_path / "artefact"))
+    assert loaded.job == fast.job
+    for x in torch.randn(3, 2, 3, 64, 64):
+        expected = eval_of(vit, x)
+        for each in (fast, loaded):
+            found = each(x.cuda()).cpu()
+            assert (found - expected).norm() <= 0.1 * expected.norm()

@@ -1,8 +1,10 @@
 """Recording what a GPU does, to start all of it at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from zoo.analysis.benchmark import as_current
 
@@ -26,3 +28,37 @@ def record(call: Callable[[], object], device: torch.device, warmup: int = 3) ->
         with torch.cuda.graph(graph, stream=stream):  # torch's own stream is of the GPU that was recorded first
             call()
     return graph
+
+
+class CudaGraph(nn.Module):
+    """A model, or another function of tensors, whose kernels are recorded at its first call and replayed as one after.
+
+    For one shape of input.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._graph: Any = None
+        self._inputs: list[Tensor] = []
+        self._output: Any = None
+
+    def forward(self, *inputs: Tensor) -> Any:
+        if self._graph is None:
+            self._record(inputs)
+        for held, given in zip(self._inputs, inputs, strict=True):
+            held.copy_(given)
+        self._graph.replay()
+        if isinstance(self._output, Tensor):
+            return self._output.clone()  # the next replay writes over it
+        return type(self._output)(each.clone() for each in self._output)
+
+    @torch.inference_mode(False)  # its tensors are written over outside of that mode too
+    @torch.no_grad()
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = [x.clone() for x in inputs]
+
+        def call() -> None:
+            self._output = self.model(*self._inputs)
+
+        self._graph = record(call, inputs[0].device)

@@ -236,7 +236,7 @@ def _multiplies_by_weights(op: Any) -> bool:
 
 
 class Inductor(Engine):
-    """torch.compile's code generator, ahead of time (AOTInductor), with its weights frozen."""
+    """torch.compile's code generator, ahead of time (AOTInductor), with its weights frozen; on a GPU, replayed."""
 
     name = "inductor"
     package = "torch"
@@ -269,10 +269,16 @@ class Inductor(Engine):
     def load(self, folder: Path, job: Job) -> Run:
         import torch
 
-        index = torch.device(job.target).index
-        compiled = torch._inductor.aoti_load_package(
-            str(folder / "model.pt2"), device_index=-1 if index is None else index
+        from zoo.deploy.cuda_graph import CudaGraph
+
+        device = torch.device(job.target)
+        compiled: Any = torch._inductor.aoti_load_package(
+            str(folder / "model.pt2"),
+            run_single_threaded=device.type == "cuda",  # as recording needs it
+            device_index=-1 if device.index is None else device.index,
         )
+        if device.type == "cuda":
+            compiled = CudaGraph(compiled)
 
         def run(*inputs: Any) -> list[Any]:
             output = compiled(*inputs)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.deploy.cuda_graph import record
+from zoo.deploy.cuda_graph import CudaGraph
 from zoo.deploy.engines import refuses_precision
 from zoo.deploy.program import DTYPES, InDtype, copy_for_inference, fused
 from zoo.errors import ConfigError, nearest
@@ -42,37 +42,6 @@ class ChannelsLast(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.model(*(x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs))
-
-
-class CudaGraph(nn.Module):
-    """A model whose kernels are recorded at its first call and replayed as one afterwards; for one shape of input."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self._graph: Any = None
-        self._inputs: list[Tensor] = []
-        self._output: Any = None
-
-    def forward(self, *inputs: Tensor) -> Any:
-        if self._graph is None:
-            self._record(inputs)
-        for held, given in zip(self._inputs, inputs, strict=True):
-            held.copy_(given)
-        self._graph.replay()
-        if isinstance(self._output, Tensor):
-            return self._output.clone()  # the next replay writes over it
-        return type(self._output)(each.clone() for each in self._output)
-
-    @torch.inference_mode(False)  # its tensors are written over outside of that mode too
-    @torch.no_grad()
-    def _record(self, inputs: tuple[Tensor, ...]) -> None:
-        self._inputs = [x.clone() for x in inputs]
-
-        def call() -> None:
-            self._output = self.model(*self._inputs)
-
-        self._graph = record(call, inputs[0].device)
 
 
 def _packed(model: nn.Module) -> nn.Module:
@@ -118,6 +87,11 @@ _FORMS = {
         Form("packed", _packed, _without_bit_linears),
         Form("packed-cuda-graph", _packed_and_replayed, _without_steps),
         Form("cuda-graph", lambda model: CudaGraph(fused(model)), _off_cuda),
+        Form(
+            "channels-last-cuda-graph",
+            lambda model: CudaGraph(ChannelsLast(fused(model))),
+            lambda model, target: _without_convolutions(model, target) or _off_cuda(model, target),
+        ),
     )
 }
 
