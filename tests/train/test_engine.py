@@ -337,6 +337,7 @@ def test_one_process_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == ["train.sharding has no effect with one process"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate takes the GPU")
 def test_cpus_do_not_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "")  # which accelerate sets, put back afterwards
     monkeypatch.setattr(device, "Accelerator", lambda fsdp_plugin, **options: Accelerator(**options))

@@ -68,6 +68,12 @@ class Engine:
         return metadata.version(self.package.replace("_", "-"))
 
 
+# What onnxruntime quantises: products with weights, and what stays in int8 between two of them. Gates and norms would
+# lose more than they save, and some models do not load with norms in int8.
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_BETWEEN = ("Add", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Relu", "Reshape", "Split", "Transpose")
+
+
 class OnnxRuntime(Engine):
     """onnxruntime: static quantisation for int8."""
 
@@ -114,6 +120,7 @@ class OnnxRuntime(Engine):
             str(folder / "model.onnx"),
             Reader(),
             quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=[*_PRODUCTS, *_BETWEEN],
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
@@ -236,7 +243,7 @@ def _multiplies_by_weights(op: Any) -> bool:
 
 
 class Inductor(Engine):
-    """torch.compile's code generator, ahead of time (AOTInductor), with its weights frozen; on a GPU, replayed."""
+    """torch.compile's code generator, ahead of time (AOTInductor): on a CPU with frozen weights, on a GPU replayed."""
 
     name = "inductor"
     package = "torch"
@@ -261,9 +268,11 @@ class Inductor(Engine):
         import torch
 
         program = torch.export.load(source)
+        # What torch 2.11 builds with frozen weights for a GPU crashes when it is loaded.
+        frozen = torch.device(job.target).type == "cpu"
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(folder / "model.pt2"), inductor_configs={"freezing": True}
+                program, package_path=str(folder / "model.pt2"), inductor_configs={"freezing": frozen}
             )
 
     def load(self, folder: Path, job: Job) -> Run:

@@ -30,7 +30,8 @@ from zoo.registry import config_of
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 FP32_TOLERANCE = 1e-4  # relative: what reordering sums may change
 TF32_TOLERANCE = 2e-3  # and on a GPU, where PyTorch by default lets convolutions round to ten bits
-_CHECKED = 64  # pictures that every candidate answers before it counts
+_CHECKED = (16, 64)  # pictures, at least and at most, that every candidate answers before it counts:
+_CHECK_S = 1.0  # as many as the model itself answers in so many seconds
 _MEASURED_SHARE = 0.25  # of the time limit, kept for measuring
 _WRITTEN = 16  # tokens that a language model writes in a measured call on a GPU
 _WARM_S = 0.5  # from how many seconds on one call is warm-up enough
@@ -256,8 +257,9 @@ def optimize(
             fp32, bf16 where the target computes in it, and int8 where there are pictures to calibrate with.
         tolerance: The most that the rms of the difference to the original's outputs may be, over the rms of those
             outputs. fp32 must be within 1e-4, on a GPU within 2e-3, whatever is given.
-        pictures: Real inputs ``[N, ...]``, preprocessed, to check on and to calibrate int8 with; a few dozen or more.
-            Without, candidates are checked on noise, which says little about int8.
+        pictures: Real inputs ``[N, ...]``, preprocessed, to check on and to calibrate int8 with: a few dozen or more.
+            16 to 64 are checked on, as time allows; as many calibrate as the time limit has seconds, two batches at
+            least. Without, candidates are checked on noise, which says little about int8.
         engines: Names of engines and forms to try; all by default.
         threads: Of the CPU; torch's number by default.
         time_limit: Seconds that building, checking and measuring may take together. Inductor, which compiles for
@@ -289,6 +291,7 @@ def optimize(
     inputs = tuple(x.to(device) for x in inputs)
     checks = _checks(inputs, pictures, device)
     expected, single = _expected(original, inputs, checks)
+    checks = checks[: len(expected)]
 
     held = tempfile.TemporaryDirectory(prefix="zoo-optimize-")
     search = _Search(
@@ -568,7 +571,8 @@ class _Search:
         if self.pictures is not None:
             import numpy as np
 
-            np.save(self.folder / CALIBRATION, self.pictures.float().numpy(), allow_pickle=False)
+            most = max(2 * self.checks[0][0].shape[0], int(self.time_limit))
+            np.save(self.folder / CALIBRATION, self.pictures[:most].float().numpy(), allow_pickle=False)
 
     def _job(self, name: str, precision: str) -> Job:
         batch = self.checks[0][0].shape[0] if self.checks[0][0].ndim else 1
@@ -768,7 +772,7 @@ def _checks(example: tuple[Tensor, ...], pictures: Tensor | None, device: torch.
                 f"{first.dtype}, as the example."
             )
         batch = first.shape[0]
-        whole = min(max(_CHECKED // batch, 1), len(pictures) // batch) * batch
+        whole = min(max(_CHECKED[1] // batch, 1), len(pictures) // batch) * batch
         if not whole:
             raise ShapeError(f"There are {len(pictures)} pictures; expected at least {batch}, the example's batch.")
         return [(x.to(device),) for x in pictures[:whole].split(batch)]
@@ -781,14 +785,17 @@ def _checks(example: tuple[Tensor, ...], pictures: Tensor | None, device: torch.
 
 
 def _checked_on(checks: Sequence[tuple[Tensor, ...]], pictures: Tensor | None) -> str:
-    samples = sum(inputs[0].shape[0] if inputs[0].ndim else 1 for inputs in checks)
-    return f"{samples} pictures" if pictures is not None else f"{samples} inputs of the example and noise"
+    return f"{_samples(checks)} {'inputs of the example and noise' if pictures is None else 'pictures'}"
+
+
+def _samples(checks: Sequence[tuple[Tensor, ...]]) -> int:
+    return sum(inputs[0].shape[0] if inputs[0].ndim else 1 for inputs in checks)
 
 
 def _expected(
     original: nn.Module, example: tuple[Tensor, ...], checks: Sequence[tuple[Tensor, ...]]
 ) -> tuple[list[list[Tensor]], bool]:
-    """What the model itself answers, and whether that is one tensor."""
+    """What the model itself answers, to fewer of the checks if they take long; and whether that is one tensor."""
     with torch.inference_mode():
         try:
             output = original(*example)
@@ -801,5 +808,10 @@ def _expected(
                 raise ExportError("The model answers differently each time, so that nothing can be checked against it.")
         if not all(bool(each.isfinite().all()) for each in first):
             raise ExportError("The model's answer to the example is not finite, so that nothing can be checked.")
-        answers = [tensors_of(original(*inputs)) for inputs in checks]
+        answers: list[list[Tensor]] = []
+        start = time.monotonic()
+        for inputs in checks:
+            if _samples(checks[: len(answers)]) >= _CHECKED[0] and time.monotonic() - start > _CHECK_S:
+                break
+            answers.append(tensors_of(original(*inputs)))
     return answers, isinstance(getattr(output, "logits", output), Tensor)
