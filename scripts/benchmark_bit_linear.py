@@ -123,7 +123,7 @@ def benchmark_products(rounds: int, device: str) -> None:
 
 
 def benchmark_scan(rounds: int, device: str) -> None:
-    header(f"hgrn_scan, T = {LENGTH}, d = {WIDTH}", "step loop", "zoo.ops.hgrn_scan", "x", "2T / T")
+    header(f"hgrn_scan, T = {LENGTH}, d = {WIDTH}", "step loop", "zoo.ops.hgrn_scan", "x", "2T / T", "4T / 2T")
 
     def make(scan: Callable[..., Any], length: int, backward: bool) -> Callable[[], Any]:
         generator = torch.Generator().manual_seed(0)
@@ -146,12 +146,20 @@ def benchmark_scan(rounds: int, device: str) -> None:
             "loop": make(hgrn_scan_reference, LENGTH, backward),
             "zoo": make(hgrn_scan, LENGTH, backward),
             "twice": make(hgrn_scan, 2 * LENGTH, backward),
+            "four": make(hgrn_scan, 4 * LENGTH, backward),
         }
         # After another's turn the first calls wait for memory that the allocator gets from the system again.
         times = measured(calls, rounds, at_least=0.3)
-        loop, ours, twice = (median(times[name]) for name in calls)
+        loop, ours, twice, four = (median(times[name]) for name in calls)
         name = "forward + backward" if backward else "forward"
-        row(name, show(times["loop"]), show(times["zoo"]), f"{loop / ours:.1f}", f"{twice / ours:.2f}")
+        row(
+            name,
+            show(times["loop"]),
+            show(times["zoo"]),
+            f"{loop / ours:.1f}",
+            f"{twice / ours:.2f}",
+            f"{four / twice:.2f}",
+        )
 
 
 def benchmark_memory(device: str) -> None:

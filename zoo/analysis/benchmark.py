@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import gc
 import hashlib
-import logging
 import os
 import platform
 import secrets
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.errors import ConfigError, nearest
 from zoo.factory import check_device
+from zoo.ops._extension import without_cuda_warning
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 SETTLED = 0.05  # relative difference of two turns from which on a warm-up is over
@@ -196,7 +196,7 @@ def _turn(call: Callable[[], object], device: torch.device, threads: int, clock:
     if device.type == "cuda":
         return lambda seconds: _cuda_turn(call, device, seconds)
     statement = "call()" if device.type == "cpu" else "call(); torch.accelerator.synchronize(device)"
-    with _quietly():
+    with without_cuda_warning():
         from torch.utils.benchmark import Timer
     # The Timer switches garbage collection off, and repeats a call that is too short for the clock.
     timer = Timer(statement, globals={"call": call, "device": device}, timer=CLOCKS[clock], num_threads=threads)
@@ -212,18 +212,6 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warning that torch's extension builder, which its Timer imports, has for CUDA without a GPU."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def as_current(device: str | torch.device) -> contextlib.AbstractContextManager[object]:

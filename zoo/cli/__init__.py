@@ -97,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Those of the command line by default.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
     try:
         sys.exit(app(arguments, prog_name="zoo", standalone_mode=False) or 0)
     except typer.Abort:

@@ -1,10 +1,12 @@
 """C++ operators for CPUs, built at first use by torch's extension loader into torch's own cache folder."""
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +32,18 @@ def compiler() -> str | None:
 def ninja() -> str | None:
     """Path of ninja, which torch's loader needs."""
     return shutil.which("ninja")
+
+
+@contextlib.contextmanager
+def without_cuda_warning() -> Iterator[None]:
+    """A block that may import torch's extension builder, which warns of CUDA's tools on a machine without a GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Extension:
@@ -70,7 +84,9 @@ class Extension:
         if ninja() is None:
             return 'no ninja: pip install "efficient-zoo[kernels]"'
         from filelock import FileLock
-        from torch.utils import cpp_extension  # slow to import
+
+        with without_cuda_warning():
+            from torch.utils import cpp_extension  # slow to import
 
         flags = ["-O3", *_FLAGS.get(torch.backends.cpu.get_cpu_capability(), []), *self.flags]
         if sys.platform == "linux":
