@@ -54,10 +54,14 @@ int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlig
 using RowKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride,
                            int32_t (*sums)[4]);
 
+// The same of four packed rows, one after the other in memory, and one token: sums[row][i].
+using FourKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int32_t (*sums)[4]);
+
 struct Kernels {
   const char* name;
   int tokens;                  // at most, at once
   RowKernel rows[kMaxTokens];  // for 1, 2, ... tokens
+  FourKernel four = nullptr;   // where that is quicker than a row at a time
 };
 
 template <int kTokens>
@@ -188,6 +192,15 @@ ZOO_AVX512_VNNI __m512i add_lanes(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
+// Sums of four times four, from what lanes() left of them; see Sums512::add for what is subtracted and shifted.
+ZOO_AVX512_VNNI void store_sums(__m512i all, int32_t (*sums)[4]) {
+  __m512i others = _mm512_maskz_mov_epi32(0x7777, all);
+  others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_BADC));
+  others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_CDAB));
+  const __m512i shifts = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 2, 4, 6));
+  _mm512_storeu_si512(sums, _mm512_srav_epi32(_mm512_mask_sub_epi32(all, 0x8888, all, others), shifts));
+}
+
 template <int kTokens>
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512_vnni(
     const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
@@ -202,26 +215,43 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512
     if (kTokens > 3) fourth.add(w, _mm512_load_si512(codes + 3 * stride + k));
   };
   int64_t k = 0;
-  if (kTokens == 1) {  // into two sums, since a dot product takes as long as four others take to start
-    for (; k + 128 <= columns; k += 128) {
-      prefetch(packed + k), prefetch(packed + k + 64);
-      first.add(_mm512_loadu_si512(packed + k), _mm512_load_si512(codes + k));
-      second.add(_mm512_loadu_si512(packed + k + 64), _mm512_load_si512(codes + k + 64));
-    }
-  }
   for (; k + 64 <= columns; k += 64) add(k, ~uint64_t{0});
   if (k < columns) add(k, (uint64_t{1} << (columns - k)) - 1);
-  __m512i all = add_lanes(add_lanes(first.lanes(), second.lanes()), add_lanes(third.lanes(), fourth.lanes()));
-  if (kTokens == 1) all = _mm512_add_epi32(all, _mm512_shuffle_i32x4(all, all, 0xb1));
-  __m512i others = _mm512_maskz_mov_epi32(0x7777, all);
-  others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_BADC));
-  others = _mm512_add_epi32(others, _mm512_shuffle_epi32(others, _MM_PERM_CDAB));
-  const __m512i shifts = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 2, 4, 6));
-  _mm512_storeu_si512(sums, _mm512_srav_epi32(_mm512_mask_sub_epi32(all, 0x8888, all, others), shifts));
+  store_sums(add_lanes(add_lanes(first.lanes(), second.lanes()), add_lanes(third.lanes(), fourth.lanes())), sums);
+}
+
+// One packed row and one token, into two sums, since a dot product takes as long as four others take to start.
+ZOO_AVX512_VNNI __m512i row_avx512_vnni(const uint8_t* packed, int64_t columns, const int8_t* codes) {
+  const __m512i zero = _mm512_setzero_si512();
+  Sums512 even{zero, zero, zero, zero}, odd = even;
+  int64_t k = 0;
+  for (; k + 128 <= columns; k += 128) {
+    prefetch(packed + k), prefetch(packed + k + 64);
+    even.add(_mm512_loadu_si512(packed + k), _mm512_load_si512(codes + k));
+    odd.add(_mm512_loadu_si512(packed + k + 64), _mm512_load_si512(codes + k + 64));
+  }
+  for (; k < columns; k += 64) {
+    const __mmask64 inside = columns - k < 64 ? (uint64_t{1} << (columns - k)) - 1 : ~uint64_t{0};
+    even.add(_mm512_maskz_loadu_epi8(inside, packed + k), _mm512_load_si512(codes + k));
+  }
+  return Sums512{_mm512_add_epi32(even.s0, odd.s0), _mm512_add_epi32(even.s1, odd.s1),
+                 _mm512_add_epi32(even.s2, odd.s2), _mm512_add_epi32(even.s3, odd.s3)}
+      .lanes();
+}
+
+// What is left to add of a row takes a third of its time, so that four share that. Memory is read in order.
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_avx512_vnni(
+    const uint8_t* packed, int64_t columns, const int8_t* codes, int32_t (*sums)[4]) {
+  __m512i row[4];
+  for (int i = 0; i < 4; ++i) row[i] = row_avx512_vnni(packed + i * columns, columns, codes);
+  store_sums(add_lanes(add_lanes(row[0], row[1]), add_lanes(row[2], row[3])), sums);
 }
 
 constexpr Kernels kAvx512Vnni{
-    "AVX-512 VNNI", 4, {rows_avx512_vnni<1>, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>}};
+    "AVX-512 VNNI",
+    4,
+    {rows_avx512_vnni<1>, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>},
+    four_avx512_vnni};
 
 #endif
 
@@ -363,11 +393,16 @@ void multiply_token(const Kernels& k, const uint8_t* packed, int64_t packed_rows
     const std::unique_ptr<float[]> y(new float[columns]);
     quantise_token(x, weight, eps, columns, y.get(), q.codes, &q.step[0], &q.sum[0]);
     const float step = q.step[0] * unit;
-    for (int64_t r = begin; r < end; ++r) {
-      int32_t sums[kMaxTokens][4];
-      k.rows[0](packed + r * columns, columns, q.codes, q.stride, sums);
-      for (int i = 0; i < 4; ++i)
-        if (r + i * packed_rows < rows) out[r + i * packed_rows] = float(sums[0][i] - q.sum[0]) * step;
+    for (int64_t r = begin, count = 1; r < end; r += count) {
+      int32_t sums[4][4];
+      count = k.four && r + 4 <= end ? 4 : 1;
+      if (count == 4)
+        k.four(packed + r * columns, columns, q.codes, sums);
+      else
+        k.rows[0](packed + r * columns, columns, q.codes, q.stride, sums);
+      for (int64_t j = r; j < r + count; ++j)
+        for (int i = 0; i < 4; ++i)
+          if (j + i * packed_rows < rows) out[j + i * packed_rows] = float(sums[j - r][i] - q.sum[0]) * step;
     }
   });
 }
