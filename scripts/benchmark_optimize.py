@@ -10,7 +10,8 @@ own before ``fuse()``. zoo.optimize searches once, in fp32 and what ``--precisio
 process; figures are medians of the rounds, and ratios are medians of the rounds' ratios with their quartiles, above 1
 where zoo.optimize is faster.
 
-``--pictures`` is the parquet file of the ImageNet sample: int8 is calibrated on 128 of them, and the share of all of
+``--pictures`` is the parquet file of the ImageNet sample: zoo.optimize checks and calibrates on 128 of them, as many as
+its time allows, and the share of all of
 them is printed of which the likeliest class is that of the float model. Of random weights, that says how far the
 arithmetic is from fp32, and nothing about accuracy: ``scripts/optimize_accuracy.py`` has a figure for that.
 """
@@ -162,6 +163,9 @@ def main() -> None:
     parser.add_argument("--efficientmod", type=Path, help="the authors' models/EfficientMod.py")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    known = RIVALS if options.target == "cpu" else GPU_RIVALS
+    if unknown := sorted(set(options.against or ()) - set(known)):
+        parser.error(f"--against is {', '.join(unknown)}; expected {', '.join(known)} on {options.target}.")
 
     here, on_gpu = machine(), options.target != "cpu"
     processor = here["gpu"] if on_gpu else f"{here['cpu']}, {here['cpu_capability']}, {options.threads} threads"
@@ -191,13 +195,13 @@ def main() -> None:
                 time_limit=options.time_limit,
                 engines=options.engines.split(",") if options.engines else None,
             )
+            torch.compiler.reset()  # or it compiles the second batch's program for any batch
             with torch.inference_mode():  # made after the search, which its users run in a process without them
                 if on_gpu:
                     x = x.to(options.target)
-                    names = options.against or GPU_RIVALS
-                    calls = rivals_on_a_gpu(kind, plain, x, names, "fp16" in options.precision)
+                    calls = rivals_on_a_gpu(kind, plain, x, options.against or known, "fp16" in options.precision)
                 else:
-                    calls = rivals(kind, plain, x, options.threads, options.against or RIVALS)
+                    calls = rivals(kind, plain, x, options.threads, options.against or known)
                 timings = measure(
                     {"ours": partial(fast, x), **calls},
                     device=options.target,

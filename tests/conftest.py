@@ -75,29 +75,48 @@ def golden(shared: Path) -> ModuleType:
 def randomise() -> "Callable[[nn.Module], nn.Module]":
     """A function that gives a model weights under which every layer counts; a fresh one has residual branches of zero.
 
-    Seeded; in eval mode afterwards.
+    An image model's batch norms then take their statistics from noise, or activations would vanish with the depth, and
+    with them whatever a test could find: logits would hardly depend on the input. Seeded; in eval mode afterwards.
     """
     import torch
     from torch import nn
 
+    from zoo.config import ImageConfig
+
+    generator = torch.Generator()
+
+    def normal_(tensor: torch.Tensor, mean: float, std: float) -> None:
+        tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator).clamp(-3, 3))
+
+    def take_statistics(model: nn.Module, channels: int) -> None:
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all calls: over this one
+        noise = torch.randn(8, channels, 128, 128, generator=generator)
+        model.train()(noise.to(next(model.parameters())))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.zero_()
+
+    @torch.no_grad()
     def fill(model: nn.Module) -> nn.Module:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal_(tensor: torch.Tensor, mean: float, std: float) -> None:
-            tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator).clamp(-3, 3))
-
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if name.endswith("attention_biases"):
-                    normal_(tensor, 0.0, 0.5)
-                elif name.endswith("running_var"):
-                    normal_(tensor, 1.0, 0.2)
-                elif name.endswith("weight") and tensor.ndim == 1:
-                    normal_(tensor, 0.5, 0.1)  # below 1, or deep residual networks blow rounding errors up
-                elif tensor.ndim <= 1 and tensor.is_floating_point():
-                    normal_(tensor, 0.0, 0.1)
-                elif tensor.is_floating_point():
-                    normal_(tensor, 0.0, tensor[0].numel() ** -0.5)
+        generator.manual_seed(0)
+        for name, tensor in model.state_dict().items():
+            if name.endswith("attention_biases"):
+                normal_(tensor, 0.0, 0.5)
+            elif name.endswith("running_var"):
+                normal_(tensor, 1.0, 0.2)
+            elif name.endswith("weight") and tensor.ndim == 1:
+                normal_(tensor, 0.2, 0.05)  # far below 1, or deep residual networks blow rounding errors up
+            elif tensor.ndim <= 1 and tensor.is_floating_point():
+                normal_(tensor, 0.0, 0.1)
+            elif tensor.is_floating_point():
+                normal_(tensor, 0.0, tensor[0].numel() ** -0.5)
+        config = getattr(model, "config", None)
+        if isinstance(config, ImageConfig):
+            take_statistics(model, config.in_chans)
         return model.eval()
 
     return fill

@@ -197,15 +197,17 @@ def test_frozen_weight(implementation: str) -> None:
     assert_close(gradient, expected["x"])
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("threads", [2, 5])
-def test_threads(threads: int, implementation: str) -> None:
-    x, weight, norm_weight = make_inputs(600, 200, tokens=(9,)).values()
+def test_threads(threads: int, tokens: int, implementation: str) -> None:
+    x, weight, norm_weight = make_inputs(600, 602, tokens=(tokens,)).values()
     expected = bit_linear_reference(x, weight, norm_weight)
     packed, scale = pack_weight(weight)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        out = packed_bit_linear(x, packed, scale, norm_weight, out_features=200)
+        with torch.no_grad():
+            out = packed_bit_linear(x, packed, scale, norm_weight, out_features=602)
     finally:
         torch.set_num_threads(before)
     assert_close(out, expected, rtol=1e-6, atol=1e-6)
@@ -273,7 +275,7 @@ def test_kernels_are_exact() -> None:
     """In int32, on every instruction set that this processor has, at the largest sums that there are."""
     need_kernel()
     ops = torch.ops.zoo_cpu
-    one_token = ((1, 1, 1), (130, 10, 1), (577, 21, 1), (2**17, 7, 1))
+    one_token = ((1, 1, 1), (130, 10, 1), (130, 33, 1), (577, 41, 1), (2**17, 7, 1), (2**17, 17, 1))
     for columns, rows, tokens in (*one_token, (31, 5, 3), (64, 8, 4), (513, 9, 5), (7000, 6, 2)):
         ternary = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(0))
         codes = torch.randint(-128, 128, (tokens, columns), generator=torch.Generator().manual_seed(1))

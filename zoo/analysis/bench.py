@@ -233,11 +233,10 @@ def _memory_format(conditions: Conditions) -> str:
 
 def call_of(model: Any, config: ModelConfig, conditions: Conditions, batch: int) -> Callable[[], object]:
     """The call that is measured: of a model, in the form that :func:`as_measured` gave it, on noise of a batch."""
-    x = example_input(config, batch, tokens=conditions.tokens)
+    x = example_input(config, batch, tokens=conditions.tokens).to(conditions.device)
     if conditions.in_engine:
         run = run_in_engine(model, (x,), conditions.job(batch))
         return partial(run, x)
-    x = x.to(conditions.device)
     if x.is_floating_point():
         x = x.to(DTYPES[conditions.precision])
 

@@ -196,7 +196,7 @@ def _turn(call: Callable[[], object], device: torch.device, threads: int, clock:
     if device.type == "cuda":
         return lambda seconds: _cuda_turn(call, device, seconds)
     statement = "call()" if device.type == "cpu" else "call(); torch.accelerator.synchronize(device)"
-    with without_cuda_warning():
+    with without_cuda_warning():  # torch's Timer imports its extension builder
         from torch.utils.benchmark import Timer
     # The Timer switches garbage collection off, and repeats a call that is too short for the clock.
     timer = Timer(statement, globals={"call": call, "device": device}, timer=CLOCKS[clock], num_threads=threads)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.analysis.benchmark import as_current
+from zoo.errors import ShapeError
 
 
 def record(call: Callable[[], object], device: torch.device, warmup: int = 3) -> torch.cuda.CUDAGraph:
@@ -56,6 +57,8 @@ class CudaGraph(nn.Module):
     @torch.inference_mode(False)  # its tensors are written over outside of that mode too
     @torch.no_grad()
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        if not inputs[0].is_cuda:
+            raise ShapeError(f"The input is on {inputs[0].device}; expected a GPU, where there are kernels to record.")
         self._inputs = [x.clone() for x in inputs]
 
         def call() -> None:

@@ -68,8 +68,8 @@ class Engine:
         return metadata.version(self.package.replace("_", "-"))
 
 
-# What onnxruntime quantises: products with weights, and what stays in int8 between two of them. Gates and norms would
-# lose more than they save, and some models do not load with norms in int8.
+# What onnxruntime quantises: products, and what stays in int8 between two of them. Gates and norms would lose more than
+# they save, and some models do not load with norms in int8.
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _BETWEEN = ("Add", "Clip", "Concat", "GlobalAveragePool", "MaxPool", "Relu", "Reshape", "Split", "Transpose")
 
@@ -243,7 +243,7 @@ def _multiplies_by_weights(op: Any) -> bool:
 
 
 class Inductor(Engine):
-    """torch.compile's code generator, ahead of time (AOTInductor): on a CPU with frozen weights, on a GPU replayed."""
+    """torch.compile's code, made ahead of time (AOTInductor): frozen weights on a CPU, a CUDA graph on a GPU."""
 
     name = "inductor"
     package = "torch"

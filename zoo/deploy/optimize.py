@@ -258,8 +258,8 @@ def optimize(
         tolerance: The most that the rms of the difference to the original's outputs may be, over the rms of those
             outputs. fp32 must be within 1e-4, on a GPU within 2e-3, whatever is given.
         pictures: Real inputs ``[N, ...]``, preprocessed, to check on and to calibrate int8 with: a few dozen or more.
-            16 to 64 are checked on, as time allows; as many calibrate as the time limit has seconds, two batches at
-            least. Without, candidates are checked on noise, which says little about int8.
+            16 to 64 of them are checked on, as time allows, or a batch; as many calibrate as the time limit has
+            seconds, or two batches. Without, candidates are checked on noise, which says little about int8.
         engines: Names of engines and forms to try; all by default.
         threads: Of the CPU; torch's number by default.
         time_limit: Seconds that building, checking and measuring may take together. Inductor, which compiles for
@@ -290,7 +290,7 @@ def optimize(
     original = copy_for_inference(model).to(device)
     inputs = tuple(x.to(device) for x in inputs)
     checks = _checks(inputs, pictures, device)
-    expected, single = _expected(original, inputs, checks)
+    expected, single = _expected(original, inputs, checks, all_of_them=pictures is None)
     checks = checks[: len(expected)]
 
     held = tempfile.TemporaryDirectory(prefix="zoo-optimize-")
@@ -572,7 +572,8 @@ class _Search:
             import numpy as np
 
             most = max(2 * self.checks[0][0].shape[0], int(self.time_limit))
-            np.save(self.folder / CALIBRATION, self.pictures[:most].float().numpy(), allow_pickle=False)
+            spread = self.pictures[:: max(1, len(self.pictures) // most)][:most]  # they may be sorted by class
+            np.save(self.folder / CALIBRATION, spread.float().numpy(), allow_pickle=False)
 
     def _job(self, name: str, precision: str) -> Job:
         batch = self.checks[0][0].shape[0] if self.checks[0][0].ndim else 1
@@ -640,6 +641,7 @@ class _Worker:
             return
         try:
             run = get_engine(self.job.engine).load(self.files, self.job)
+            _call(run, search.checks[0])()  # what is recorded at the first call may fail as well
         except Exception as error:
             row.status, row.note = "failed", reason(error)
             return
@@ -793,9 +795,9 @@ def _samples(checks: Sequence[tuple[Tensor, ...]]) -> int:
 
 
 def _expected(
-    original: nn.Module, example: tuple[Tensor, ...], checks: Sequence[tuple[Tensor, ...]]
+    original: nn.Module, example: tuple[Tensor, ...], checks: Sequence[tuple[Tensor, ...]], *, all_of_them: bool
 ) -> tuple[list[list[Tensor]], bool]:
-    """What the model itself answers, to fewer of the checks if they take long; and whether that is one tensor."""
+    """What the model itself answers to the checks, or to as many as time allows; and whether that is one tensor."""
     with torch.inference_mode():
         try:
             output = original(*example)
@@ -811,7 +813,8 @@ def _expected(
         answers: list[list[Tensor]] = []
         start = time.monotonic()
         for inputs in checks:
-            if _samples(checks[: len(answers)]) >= _CHECKED[0] and time.monotonic() - start > _CHECK_S:
+            enough = _samples(checks[: len(answers)]) >= _CHECKED[0] and time.monotonic() - start > _CHECK_S
+            if enough and not all_of_them:
                 break
             answers.append(tensors_of(original(*inputs)))
     return answers, isinstance(getattr(output, "logits", output), Tensor)

@@ -25,8 +25,8 @@ def run_in_engine(model: nn.Module, example: tuple[Tensor, ...], job: Job) -> Ru
     """A model in eval mode as an engine runs it, for inputs of the example's shapes and dtypes.
 
     Args:
-        model: In float32; the engine computes in the job's precision.
-        example: Its inputs, on the CPU.
+        model: In float32; the engine computes in the job's precision. It is moved to the job's target.
+        example: Its inputs.
         job: Engine, precision, target and threads.
 
     Raises:
@@ -37,6 +37,7 @@ def run_in_engine(model: nn.Module, example: tuple[Tensor, ...], job: Job) -> Ru
     engine = get_engine(job.engine)
     program_in_precision = engine.source == "program" and job.precision != "fp32"
     module = InDtype(model, DTYPES[job.precision]) if program_in_precision else model
+    module, example = module.to(job.target), tuple(x.to(job.target) for x in example)
     held = tempfile.TemporaryDirectory(prefix="zoo-engine-")
     folder = Path(held.name)
     with torch.no_grad():

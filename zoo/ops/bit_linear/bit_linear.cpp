@@ -50,7 +50,7 @@ constexpr int64_t kAhead = 4096;
 
 int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlign; }
 
-// Sums of one packed row times some tokens, [kMaxTokens][4]: sums[token][i] is sum(code of row i times activation).
+// Sums of one packed row times some tokens, into [kMaxTokens][4]: sums[token][i] is sum(code of row i times activation).
 using RowKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride,
                            int32_t (*sums)[4]);
 
@@ -201,25 +201,6 @@ ZOO_AVX512_VNNI void store_sums(__m512i all, int32_t (*sums)[4]) {
   _mm512_storeu_si512(sums, _mm512_srav_epi32(_mm512_mask_sub_epi32(all, 0x8888, all, others), shifts));
 }
 
-template <int kTokens>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512_vnni(
-    const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
-  const __m512i zero = _mm512_setzero_si512();
-  Sums512 first{zero, zero, zero, zero}, second = first, third = first, fourth = first;
-  const auto add = [&](int64_t k, __mmask64 inside)
-      __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
-    const __m512i w = _mm512_maskz_loadu_epi8(inside, packed + k);
-    first.add(w, _mm512_load_si512(codes + k));
-    if (kTokens > 1) second.add(w, _mm512_load_si512(codes + stride + k));
-    if (kTokens > 2) third.add(w, _mm512_load_si512(codes + 2 * stride + k));
-    if (kTokens > 3) fourth.add(w, _mm512_load_si512(codes + 3 * stride + k));
-  };
-  int64_t k = 0;
-  for (; k + 64 <= columns; k += 64) add(k, ~uint64_t{0});
-  if (k < columns) add(k, (uint64_t{1} << (columns - k)) - 1);
-  store_sums(add_lanes(add_lanes(first.lanes(), second.lanes()), add_lanes(third.lanes(), fourth.lanes())), sums);
-}
-
 // One packed row and one token, into two sums, since a dot product takes as long as four others take to start.
 ZOO_AVX512_VNNI __m512i row_avx512_vnni(const uint8_t* packed, int64_t columns, const int8_t* codes) {
   const __m512i zero = _mm512_setzero_si512();
@@ -239,6 +220,31 @@ ZOO_AVX512_VNNI __m512i row_avx512_vnni(const uint8_t* packed, int64_t columns, 
       .lanes();
 }
 
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void one_avx512_vnni(
+    const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t, int32_t (*sums)[4]) {
+  const __m512i zero = _mm512_setzero_si512();
+  store_sums(add_lanes(add_lanes(row_avx512_vnni(packed, columns, codes), zero), zero), sums);
+}
+
+template <int kTokens>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512_vnni(
+    const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride, int32_t (*sums)[4]) {
+  const __m512i zero = _mm512_setzero_si512();
+  Sums512 first{zero, zero, zero, zero}, second = first, third = first, fourth = first;
+  const auto add = [&](int64_t k, __mmask64 inside)
+      __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
+    const __m512i w = _mm512_maskz_loadu_epi8(inside, packed + k);
+    first.add(w, _mm512_load_si512(codes + k));
+    second.add(w, _mm512_load_si512(codes + stride + k));
+    if (kTokens > 2) third.add(w, _mm512_load_si512(codes + 2 * stride + k));
+    if (kTokens > 3) fourth.add(w, _mm512_load_si512(codes + 3 * stride + k));
+  };
+  int64_t k = 0;
+  for (; k + 64 <= columns; k += 64) add(k, ~uint64_t{0});
+  if (k < columns) add(k, (uint64_t{1} << (columns - k)) - 1);
+  store_sums(add_lanes(add_lanes(first.lanes(), second.lanes()), add_lanes(third.lanes(), fourth.lanes())), sums);
+}
+
 // What is left to add of a row takes a third of its time, so that four share that. Memory is read in order.
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_avx512_vnni(
     const uint8_t* packed, int64_t columns, const int8_t* codes, int32_t (*sums)[4]) {
@@ -250,7 +256,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_avx512
 constexpr Kernels kAvx512Vnni{
     "AVX-512 VNNI",
     4,
-    {rows_avx512_vnni<1>, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>},
+    {one_avx512_vnni, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>},
     four_avx512_vnni};
 
 #endif
@@ -283,6 +289,23 @@ const Kernels& kernels(int64_t choice) {
 // Packed rows for one thread at least, of which each meets so many activations: what takes less time than waking another.
 int64_t grain(int64_t activations) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(activations, 1)); }
 
+// One token's product with packed rows; write(row, sum of code times activation) gets each element.
+template <typename Write>
+void multiply_rows(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int64_t rows, int64_t columns,
+                   const int8_t* codes, int64_t begin, int64_t end, const Write& write) {
+  for (int64_t first = begin, count = 1; first < end; first += count) {
+    int32_t sums[kMaxTokens][4];
+    count = k.four && first + 4 <= end ? 4 : 1;
+    if (count == 4)
+      k.four(packed + first * columns, columns, codes, sums);
+    else
+      k.rows[0](packed + first * columns, columns, codes, 0, sums);
+    for (int64_t r = first; r < first + count; ++r)
+      for (int i = 0; i < 4; ++i)
+        if (r + i * packed_rows < rows) write(r + i * packed_rows, sums[r - first][i]);
+  }
+}
+
 // The product of `tokens` tokens (codes with their row's stride) and packed weights; write(token, row, sum of code times
 // activation) gets each element.
 template <typename Write>
@@ -294,6 +317,11 @@ void multiply(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int6
       const int64_t last = std::min(first + block, end);
       for (int64_t token = 0; token < tokens; token += k.tokens) {
         const int count = int(std::min<int64_t>(k.tokens, tokens - token));
+        if (count == 1) {
+          multiply_rows(k, packed, packed_rows, rows, columns, codes + token * stride, first, last,
+                        [&](int64_t row, int32_t sum) { write(token, row, sum); });
+          continue;
+        }
         const RowKernel kernel = k.rows[count - 1];
         for (int64_t r = first; r < last; ++r) {
           int32_t sums[kMaxTokens][4];
@@ -393,17 +421,8 @@ void multiply_token(const Kernels& k, const uint8_t* packed, int64_t packed_rows
     const std::unique_ptr<float[]> y(new float[columns]);
     quantise_token(x, weight, eps, columns, y.get(), q.codes, &q.step[0], &q.sum[0]);
     const float step = q.step[0] * unit;
-    for (int64_t r = begin, count = 1; r < end; r += count) {
-      int32_t sums[4][4];
-      count = k.four && r + 4 <= end ? 4 : 1;
-      if (count == 4)
-        k.four(packed + r * columns, columns, q.codes, sums);
-      else
-        k.rows[0](packed + r * columns, columns, q.codes, q.stride, sums);
-      for (int64_t j = r; j < r + count; ++j)
-        for (int i = 0; i < 4; ++i)
-          if (j + i * packed_rows < rows) out[j + i * packed_rows] = float(sums[j - r][i] - q.sum[0]) * step;
-    }
+    multiply_rows(k, packed, packed_rows, rows, columns, q.codes, begin, end,
+                  [&](int64_t row, int32_t sum) { out[row] = float(sum - q.sum[0]) * step; });
   });
 }
 
