@@ -121,7 +121,7 @@ def test_same_outputs_as_timm(name: str, settle: Callable) -> None:
         for size in sizes:
             x = images(*size)
             expected, maps = theirs.forward_intermediates(x)
-            assert expected.std() > 0.1  # weights and input reach it
+            assert expected.std() > 0.05  # weights and input reach it
             final, own_maps = ours.forward_intermediates(x)
             for actual, level in zip([*own_maps, final], [*maps, expected], strict=True):
                 assert_same(actual, level)
