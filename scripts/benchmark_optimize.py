@@ -4,16 +4,17 @@
     python scripts/benchmark_optimize.py [MODEL ...] --target cuda [--precision fp16]
 
 The rivals, each on the same random weights: timm's eager model, its ``torch.compile``, a plain ONNX export of it in
-onnxruntime, and the same file in OpenVINO; ``--against`` names some of them. EfficientMod is none of timm's: there it
-is the authors' model, from ``--efficientmod models/EfficientMod.py`` of github.com/ma-xu/EfficientMod, or else zoo's
-own before ``fuse()``. zoo.optimize searches once, in fp32 and what ``--precision`` allows. All take turns in one
-process; figures are medians of the rounds, and ratios are medians of the rounds' ratios with their quartiles, above 1
-where zoo.optimize is faster.
+onnxruntime, and the same file in OpenVINO; on a GPU eager, ``torch.compile`` and that with its CUDA graphs
+("reduce-overhead"), also in fp16 and channels-last where zoo.optimize may take fp16. ``--against`` names some of them.
+EfficientMod is none of timm's: there it is the authors' model, from ``--efficientmod models/EfficientMod.py`` of
+github.com/ma-xu/EfficientMod, or else zoo's own before ``fuse()``. zoo.optimize searches once, in fp32 and what
+``--precision`` allows. All take turns in one process; figures are medians of the rounds, and ratios are medians of the
+rounds' ratios with their quartiles, above 1 where zoo.optimize is faster.
 
 ``--pictures`` is the parquet file of the ImageNet sample: zoo.optimize checks and calibrates on 128 of them, as many as
-its time allows, and the share of all of
-them is printed of which the likeliest class is that of the float model. Of random weights, that says how far the
-arithmetic is from fp32, and nothing about accuracy: ``scripts/optimize_accuracy.py`` has a figure for that.
+its time allows, and the share of all of them is printed of which the likeliest class is that of the float model. Of
+random weights, that says how far the arithmetic is from fp32, and nothing about accuracy:
+``scripts/optimize_accuracy.py`` has a figure for that.
 """
 
 import argparse
