@@ -11,9 +11,9 @@ github.com/ma-xu/EfficientMod, or else zoo's own before ``fuse()``. zoo.optimize
 ``--precision`` allows. All take turns in one process; figures are medians of the rounds, and ratios are medians of the
 rounds' ratios with their quartiles, above 1 where zoo.optimize is faster.
 
-``--pictures`` is the parquet file of the ImageNet sample: zoo.optimize checks and calibrates on 128 of them, as many as
-its time allows, and the share of all of them is printed of which the likeliest class is that of the float model. Of
-random weights, that says how far the arithmetic is from fp32, and nothing about accuracy:
+``--pictures`` is the parquet file of the ImageNet sample: zoo.optimize checks and calibrates on 128 of them or a batch,
+as many as its time allows, and the share of all of them is printed of which the likeliest class is that of the float
+model. Of random weights, that says how far the arithmetic is from fp32, and nothing about accuracy:
 ``scripts/optimize_accuracy.py`` has a figure for that.
 """
 
@@ -191,7 +191,7 @@ def main() -> None:
                 options.target,
                 precision=options.precision.split(","),
                 tolerance=options.tolerance,
-                pictures=None if pictures is None else pictures[:128],
+                pictures=None if pictures is None else pictures[: max(128, batch)],
                 threads=options.threads,
                 time_limit=options.time_limit,
                 engines=options.engines.split(",") if options.engines else None,

@@ -80,9 +80,19 @@ def test_the_saturating_batch_is_the_smallest_that_suffices(monkeypatch: pytest.
         tried.append(batch)
         return lambda: seconds[batch]
 
-    assert saturating_batch(prepare) == 4
+    assert saturating_batch(prepare) == (4, True)
     assert tried == [1, 2, 4, 8, 16]
-    assert saturating_batch(prepare, at_most=2) == 2
+    assert saturating_batch(prepare, at_most=2) == (2, False), "a batch of 4 was not tried, and would give more"
+    monkeypatch.setattr(module, "SLOW", 1.5)
+    assert saturating_batch(prepare) == (4, False), "nothing after a slow call"
+
+
+def test_a_gpu_is_given_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting the kernels takes longer there than small batches do."""
+    monkeypatch.setattr(module, "SLOW", 2.0)
+    monkeypatch.setattr(module, "_fastest", lambda call, device: max(8e-3, 1e-5 * call()))
+    for device, expected in (("cpu", (1024, False)), ("cuda", (1024, True))):
+        assert saturating_batch(lambda batch: lambda: batch, device) == expected
 
 
 def test_saved_records_replace_those_of_the_same_figure(small: zoo.ModelConfig, tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ class Passport:
     config: str = ""  # the model's config as JSON, where it is not that of a registered name
     batch: int
     input: tuple[int, ...]  # shape, with the batch
-    saturating: bool = False  # whether a larger batch gives no more throughput to speak of
+    saturating: bool = False  # the smallest batch of which twice gives no more throughput to speak of
     device: str
     backend: str = "eager"
     precision: str = "fp32"

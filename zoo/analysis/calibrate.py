@@ -239,7 +239,7 @@ def calibrate(
 
 
 def _sample(name: str, config: ModelConfig, model: Any, batch: int, conditions: Conditions) -> Sample:
-    x = example_input(config, batch, tokens=conditions.tokens).to(conditions.device)
+    x = example_input(config, batch, tokens=conditions.tokens, device=conditions.device)
     trace(model, x)
     passes = [trace(model, x, clock=conditions.clock) for _ in range(PASSES)]
     rows = []

@@ -101,7 +101,7 @@ def six_metrics(
     with torch_threads(conditions.threads):
         peaks = peaks or measure_peaks(conditions)
         network = as_measured(zoo.build(config), conditions)
-        prompt = example_input(config, batch, tokens=conditions.tokens).to(conditions.device)
+        prompt = example_input(config, batch, tokens=conditions.tokens, device=conditions.device)
         memory: list[int] = []
 
         def read() -> Any:

@@ -170,7 +170,7 @@ def profile(
 
 
 def _timed(network: Any, config: ModelConfig, batch: int, conditions: Conditions) -> list[Operator]:
-    x = example_input(config, batch, tokens=conditions.tokens).to(conditions.device)
+    x = example_input(config, batch, tokens=conditions.tokens, device=conditions.device)
     x = x.to(DTYPES[conditions.precision]) if x.is_floating_point() else x
     trace(network, x)
     passes = [trace(network, x, clock=conditions.clock) for _ in range(PASSES)]
