@@ -19,7 +19,6 @@ model. Of random weights, that says how far the arithmetic is from fp32, and not
 
 import argparse
 import copy
-import importlib.util
 import io
 import os
 import sys
@@ -31,6 +30,7 @@ from typing import Any
 
 import timm
 import torch
+from _authors import authors_efficientmod
 from PIL import Image
 from torch import Tensor, nn
 
@@ -38,7 +38,6 @@ import zoo
 from zoo.analysis.benchmark import compare, machine, measure
 from zoo.data.image import EvalTransform, Normalise
 from zoo.preprocessing import Preprocessing
-from zoo.pretrained.convert import to_authors
 
 RIVALS = ("eager", "compile", "onnxruntime", "openvino")
 GPU_RIVALS = ("eager", "compile", "reduce-overhead")
@@ -84,15 +83,7 @@ def plain_model(name: str, model: nn.Module, efficientmod: Path | None) -> tuple
         plain.load_state_dict(model.state_dict(), strict=False)
         return "timm's", plain.eval()
     if name.startswith("efficientmod") and efficientmod is not None:
-        spec = importlib.util.spec_from_file_location("authors_efficientmod", efficientmod)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where timm's register_model looks for it
-        spec.loader.exec_module(module)
-        plain = getattr(module, name.replace("efficientmod", "efficientMod").replace("_conv", "_Conv"))()
-        plain.load_state_dict(to_authors(model.state_dict(), name))
-        return "the authors'", plain.eval()
+        return "the authors'", authors_efficientmod(efficientmod, name, model.state_dict())
     return "zoo's, not fused,", model
 
 

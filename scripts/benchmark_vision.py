@@ -4,7 +4,8 @@
     python scripts/benchmark_vision.py --every-variant --part 1/6    # the same in six pieces, of about equal work
 
 zoo's model is fused; timm's is as ``timm.create_model`` gives it, and once more in channels-last, since some of its
-models are faster so. A model that timm has not is compared with zoo's own before ``fuse()``. Without arguments, the
+models are faster so. A model that timm has not is compared with zoo's own before ``fuse()``; EfficientMod also with
+the authors', given ``--efficientmod models/EfficientMod.py`` of github.com/ma-xu/EfficientMod. Without arguments, the
 middle variant of each family runs; with ``--every-variant``, all.
 
 What is compared takes turns, so that it sees the same machine; figures are medians of the rounds, with the distance
@@ -20,9 +21,11 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
+from _authors import authors_efficientmod
 from _timing import in_turns, seconds_a_call, spread
 from torch import Tensor, nn
 
@@ -46,7 +49,7 @@ def part(names: list[str], piece: str) -> list[str]:
     return sorted(names, key=lambda name: index()[name]["macs"])[index_of - 1 :: pieces] if pieces > 1 else names
 
 
-def make_rivals(name: str) -> dict[str, nn.Module]:
+def make_rivals(name: str, efficientmod: Path | None = None) -> dict[str, nn.Module]:
     """zoo's fused model first, then what it is compared with; all of one set of weights."""
     torch.manual_seed(0)
     plain = zoo.create_model(name).eval()
@@ -55,7 +58,10 @@ def make_rivals(name: str) -> dict[str, nn.Module]:
     rivals["zoo"].load_state_dict(state_dict)
     rivals["zoo"].fuse()
     if not timm.is_model(name):
-        return rivals | {"zoo, not fused": plain}
+        rivals["zoo, not fused"] = plain
+        if name.startswith("efficientmod") and efficientmod is not None:
+            rivals["the authors'"] = authors_efficientmod(efficientmod, name, state_dict)
+        return rivals
     for kind in ("timm", "timm, channels-last"):
         model = rivals[kind] = timm.create_model(name).eval()
         missing, unexpected = model.load_state_dict(state_dict, strict=False)  # timm keeps some constants in its files
@@ -87,6 +93,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: the process's time on all cores")
+    parser.add_argument("--efficientmod", type=Path, help="the authors' models/EfficientMod.py")
     options = parser.parse_args()
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     torch.set_num_threads(options.threads)
@@ -98,7 +105,7 @@ def main() -> None:
     print("| model | batch | zoo (ms) | spread | against | its ms | its spread | zoo is faster by |")
     print("|---|---:|---:|---:|---|---:|---:|---:|")
     for name in part(options.models or (MODELS if options.every_variant else middle_variants()), options.part):
-        rivals = make_rivals(name)
+        rivals = make_rivals(name, options.efficientmod)
         for batch in options.batch:
             images = torch.randn(batch, 3, *zoo.get_config(name).input_hw)
             seconds = seconds_in_turns(rivals, images, options.rounds, clock)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from variants import lightest_of_each_family
 
 import zoo
 from zoo.deploy import formats
@@ -29,15 +30,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         elif "torchscript" in metafunc.function.__name__:
             variants = []  # tests/models/test_export.py scripts the lightest ones
         else:
-            variants = lightest_of_each_family()
+            variants = lightest_of_each_family(LIGHTEST_FIRST)
         metafunc.parametrize("variant", variants)
-
-
-def lightest_of_each_family() -> list[str]:
-    lightest: dict[str, str] = {}
-    for name in LIGHTEST_FIRST:
-        lightest.setdefault(index()[name]["family"], name)
-    return sorted(lightest.values())
 
 
 @pytest.fixture(scope="module")

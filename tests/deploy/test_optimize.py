@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 import zoo
 from zoo.cli import main
 from zoo.deploy import forms
+from zoo.deploy import optimize as module
 from zoo.deploy.engines import CALIBRATION, Job, get_engine, register_engine
 from zoo.deploy.forms import Form, register_form
-from zoo.deploy.optimize import fp32_limit, in_full_fp32
+from zoo.deploy.optimize import Row, fp32_limit, in_full_fp32
 from zoo.deploy.program import capture, copy_for_inference, fused, save_program
 from zoo.errors import ConfigError, ExportError, ShapeError
 
@@ -569,6 +572,33 @@ def test_onnxruntime_is_told_which_gpu(tmp_path: Path, monkeypatch: pytest.Monke
         get_engine("onnxruntime").load(tmp_path, Job(engine="onnxruntime", target=target))
     gpus = [[("CUDAExecutionProvider", {"device_id": i})] for i in (0, 1)]
     assert asked == [["CPUExecutionProvider"], *gpus]
+
+
+def test_what_cannot_win_is_timed_once_when_time_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TURN", 0.001)
+    took = {"eager fp32": 0.03, "fused fp32": 0.004, "inductor fp32": 0.005, "openvino fp32": 0.02}
+    called = dict.fromkeys(took, 0)
+
+    def call(key: str) -> None:
+        called[key] += 1
+        time.sleep(took[key])
+
+    def timed(allowed: list[str], seconds: float) -> dict[str, Row]:
+        rows = {key: Row(engine=key, precision="fp32", status="passed") for key in took}
+        called.update(dict.fromkeys(took, 0))
+        calls = {key: partial(call, key) for key in took}
+        until = time.monotonic() + seconds
+        timings = module._measure(calls, rows, allowed, target="cpu", threads=1, rounds=3, until=until)
+        assert {key for key, row in rows.items() if not row.note} == set(timings)
+        assert all(row.status == "slower" and row.latency_ms and row.speedup for row in rows.values())
+        return rows
+
+    rows = timed(list(took), 0.0)
+    assert {key for key, row in rows.items() if row.note} == {"openvino fp32"}, "nor the model itself, to compare with"
+    assert called["openvino fp32"] == 2 < called["fused fp32"]
+    assert 1.0 < rows["openvino fp32"].speedup < 3.0 < rows["fused fp32"].speedup
+    assert not any(row.note for row in timed(["openvino fp32"], 0.0).values()), "it is all that may win"
+    assert not any(row.note for row in timed(list(took), 60.0).values())
 
 
 def test_what_is_expected_is_computed_without_tf32() -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from variants import lightest_of_each_family
 
 import zoo
 from zoo.ops.selective_scan import onnx_decompositions
-from zoo.registry import index
 
 MODELS = zoo.list_models(task="image-classification")
 
@@ -24,14 +24,7 @@ pytestmark = pytest.mark.slow
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.function is test_export or metafunc.config.getoption("--every-variant")
-    metafunc.parametrize("name", MODELS if every else lightest_of_each_family())
-
-
-def lightest_of_each_family() -> list[str]:
-    lightest: dict[str, str] = {}
-    for name in sorted(MODELS, key=lambda name: index()[name]["macs"]):
-        lightest.setdefault(index()[name]["family"], name)
-    return sorted(lightest.values())
+    metafunc.parametrize("name", MODELS if every else lightest_of_each_family(MODELS))
 
 
 def images(batch: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:

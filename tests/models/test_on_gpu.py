@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
+from variants import lightest_of_each_family
 
 import zoo
-from zoo.registry import index
 
 IMAGES = zoo.list_models(task="image-classification")
 SHIPPED = ["matmulfree_2m", "mor_2m_r3"]
@@ -18,13 +18,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-
-
-def lightest_of_each_family() -> list[str]:
-    lightest: dict[str, str] = {}
-    for name in sorted(IMAGES, key=lambda name: index()[name]["macs"]):
-        lightest.setdefault(index()[name]["family"], name)
-    return sorted(lightest.values())
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +38,7 @@ def test_answers_as_on_the_cpu(name: str, fuse: bool, randomise: Callable) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", lightest_of_each_family())
+@pytest.mark.parametrize("name", lightest_of_each_family(IMAGES))
 def test_trains_in_half_precision(name: str, dtype: torch.dtype, randomise: Callable) -> None:
     model = randomise(zoo.create_model(name, num_classes=7)).cuda().to(memory_format=torch.channels_last).train()
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0, enabled=dtype == torch.float16)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from variants import lightest_of_each_family
 
 import zoo
 from zoo.analysis.counts import Counts, count, count_forward
@@ -14,15 +15,7 @@ from zoo.config import ImageConfig
 from zoo.registry import index
 from zoo.scaling import Fit, ScalingWarning, counts_of, fit, rules_for
 
-
-def lightest_of_each_family() -> list[str]:
-    lightest: dict[str, str] = {}
-    for name in sorted(index(), key=lambda name: index()[name]["macs"]):
-        lightest.setdefault(index()[name]["family"], name)
-    return sorted(lightest.values())
-
-
-FAMILIES = lightest_of_each_family()
+FAMILIES = lightest_of_each_family(index())
 
 
 def random_factors(rng: random.Random, rule: str, number: int) -> list[float]:
