@@ -49,6 +49,7 @@ def test_records_of_a_config_and_a_name(small: zoo.ModelConfig, tmp_path: Path) 
     assert records[3].input == (2, 3, 224, 224)
     assert records[3].weight_memory > 4 * 2_300_000
     assert len({record.session for record in records}) == 1
+    assert not any(record.saturating for record in records), "nothing larger was tried"
     assert records[3].command == ("zoo bench efficientvit_m0 --batch 2 --device cpu --threads 1 --clock cpu --rounds 2")
     assert read_records(tmp_path / "records.jsonl") == records
 
@@ -85,6 +86,35 @@ def test_the_saturating_batch_is_the_smallest_that_suffices(monkeypatch: pytest.
     assert saturating_batch(prepare, at_most=2) == (2, False), "a batch of 4 was not tried, and would give more"
     monkeypatch.setattr(module, "SLOW", 1.5)
     assert saturating_batch(prepare) == (4, False), "nothing after a slow call"
+    monkeypatch.setattr(module, "SLOW", 100.0)
+
+    def fails_at(limit: int) -> Callable[[int], Callable[[], float]]:
+        def prepare(batch: int) -> Callable[[], float]:
+            if batch >= limit:
+                raise RuntimeError("too large")
+            return lambda: seconds[batch]
+
+        return prepare
+
+    assert saturating_batch(fails_at(4)) == (2, False)
+    with pytest.raises(RuntimeError, match="too large"):
+        saturating_batch(fails_at(1))
+
+
+def test_a_group_that_does_not_fit_is_measured_one_by_one(
+    small: zoo.ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_of = module._bench_group
+
+    def at_most_one(named: list, *args: object) -> list:
+        if len(named) > 1:
+            raise torch.OutOfMemoryError("of a GPU")
+        return group_of(named, *args)
+
+    monkeypatch.setattr(module, "_bench_group", at_most_one)
+    records = bench([small, small.override(img_size=32)], conditions=QUICK, save=False)
+    assert [record.input[-1] for record in records] == [small.input_hw[1], 32]
+    assert records[0].session != records[1].session
 
 
 def test_a_gpu_is_given_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:

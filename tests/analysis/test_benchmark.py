@@ -58,7 +58,7 @@ def test_candidates_take_turns(clock: Clock) -> None:
 
 
 def test_a_warm_up_lasts_until_times_settle(clock: Clock) -> None:
-    slow_start = clock.call("a", *[1.0] * 2, *[0.5] * 2, *[0.3] * 2, 0.2)
+    slow_start = clock.call("a", 1.0, 0.5, 0.3, 0.2)
     timing = measure({"a": slow_start}, rounds=2, turn_s=0.1)["a"]
     assert timing.settled
     assert timing.times == (pytest.approx(0.2),) * 2

@@ -125,7 +125,7 @@ def bench(
     save: bool = True,
     on_record: Callable[[Passport], object] | None = None,
 ) -> list[Passport]:
-    """Measure models by name or config: batch 1, the saturating batch, and others asked for.
+    """Measure models by name or config: batch 1, the saturating batch (or the best tried), and others asked for.
 
     Weights are random, which changes no time. Models take turns in groups of six; records are kept after each group.
 
@@ -148,7 +148,12 @@ def bench(
     named = resolve(models)
     records: list[Passport] = []
     for start in range(0, len(named), GROUP):
-        found = _bench_group(named[start : start + GROUP], wanted, conditions)
+        group = named[start : start + GROUP]
+        try:
+            found = _bench_group(group, wanted, conditions)
+        except torch.OutOfMemoryError:  # of a GPU, which cannot hold the largest batches of all of them
+            gc.collect()
+            found = [record for each in group for record in _bench_group([each], wanted, conditions)]
         if save:
             save_records(found, local_records())
         records += found
@@ -189,8 +194,8 @@ def _bench_group(
     calls: dict[tuple[str, int], Callable[[], object]] = {}
     memory: dict[tuple[str, int], int | None] = {}
     weights: dict[str, int] = {}
-    largest: dict[str, int] = {}
-    saturated: dict[str, bool] = {}
+    best: dict[str, int] = {}
+    proven: dict[str, bool] = {}
     configs = dict(named)
     with torch_threads(conditions.threads):
         for name, config in named:
@@ -199,8 +204,8 @@ def _bench_group(
             model = as_measured(model, conditions)
 
             prepare = partial(call_of, model, config, conditions)
-            largest[name], saturated[name] = saturating_batch(prepare, conditions.device)
-            for batch in sorted({*batches, largest[name]}):
+            best[name], proven[name] = saturating_batch(prepare, conditions.device)
+            for batch in sorted({*batches, best[name]}):
                 place = (name, batch)
                 calls[place] = prepare(batch)
                 calls[place]()
@@ -223,7 +228,7 @@ def _bench_group(
                 config="" if registered else configs[name].to_json(),
                 batch=batch,
                 input=input_shape(configs[name], batch, tokens=conditions.tokens),
-                saturating=saturated[name] and batch == largest[name],
+                saturating=proven[name] and batch == best[name],
                 device=conditions.device,
                 backend=conditions.backend if not conditions.fuse else f"{conditions.backend}, fused",
                 precision=conditions.precision,
@@ -270,19 +275,24 @@ def saturating_batch(
     Args:
         prepare: Makes the call for a batch.
         device: Where it computes.
-        at_most: No larger batch is tried, nor any after a call of two seconds, or for which memory does not suffice;
-            1,024 on CPUs and 16,384 elsewhere by default.
+        at_most: No larger batch is tried, nor any after a call of two seconds, or one that fails, as for want of
+            memory; 1,024 on CPUs and 4,096 elsewhere by default.
 
     Returns:
         The batch, and whether twice the batch was tried: if not, a larger one might give more.
+
+    Raises:
+        Exception: What a batch of 1 raises.
     """
-    at_most = at_most or (1024 if torch.device(device).type == "cpu" else 16384)
+    at_most = at_most or (1024 if torch.device(device).type == "cpu" else 4096)
     rates: dict[int, float] = {}
     batch = 1
     while batch <= at_most:
         try:
             seconds = _fastest(prepare(batch), device)
-        except (torch.OutOfMemoryError, MemoryError):
+        except Exception:  # of memory, or of sizes that a library does not take
+            if not rates:
+                raise
             break
         rates[batch] = batch / seconds
         if batch >= 4 and max(rates[batch], rates[batch // 2]) < SATURATED * rates[batch // 4]:

@@ -195,12 +195,26 @@ def _turn(call: Callable[[], object], device: torch.device, threads: int, clock:
     """A function that calls for so many seconds, at least once, and returns the seconds of each call."""
     if device.type == "cuda":
         return lambda seconds: _cuda_turn(call, device, seconds)
-    statement = "call()" if device.type == "cpu" else "call(); torch.accelerator.synchronize(device)"
+
+    def synchronised() -> None:
+        call()
+        torch.accelerator.synchronize(device)
+
+    once = call if device.type == "cpu" else synchronised
     with without_cuda_warning():  # torch's Timer imports its extension builder
         from torch.utils.benchmark import Timer
     # The Timer switches garbage collection off, and repeats a call that is too short for the clock.
-    timer = Timer(statement, globals={"call": call, "device": device}, timer=CLOCKS[clock], num_threads=threads)
-    return lambda seconds: timer.blocked_autorange(min_run_time=seconds).times
+    timer = Timer("once()", globals={"once": once}, timer=CLOCKS[clock], num_threads=threads)
+
+    def turn(seconds: float) -> list[float]:
+        with torch_threads(threads):
+            start = CLOCKS[clock]()
+            once()
+            took = CLOCKS[clock]() - start
+        # The Timer would call once more, to see how often it has to.
+        return [took] if took >= seconds else timer.blocked_autorange(min_run_time=seconds).times
+
+    return turn
 
 
 @contextlib.contextmanager

@@ -88,6 +88,11 @@ def bench(
     )
     if not all(record.settled for record in records):
         screen.print("~ did not settle during its warm-up: the machine has other work to do.", markup=False)
+    if unproven := {record.model for record in records} - {record.model for record in records if record.saturating}:
+        screen.print(
+            f"No * for {', '.join(sorted(unproven))}: the next larger batch was too slow, too large or not tried.",
+            markup=False,
+        )
     if all(record.saturating for record in records if record.batch == 1):
         screen.print("No larger batch than 1 gives these models more throughput here.", markup=False)
 

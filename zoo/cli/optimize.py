@@ -18,7 +18,9 @@ def optimize(
     pictures: Annotated[
         Path | None, typer.Option(help="Folder of real pictures, to check on and to calibrate int8 with.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Relative rms difference to the original's outputs.")] = 1e-2,
+    tolerance: Annotated[
+        float, typer.Option(help="Relative rms difference to the original's outputs; in fp32 1e-4 at most.")
+    ] = 1e-2,
     engines: Annotated[str | None, typer.Option(help="Engines to try, with commas; all by default.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds that the search may take.")] = 60.0,
