@@ -41,6 +41,7 @@ from zoo.preprocessing import Preprocessing
 
 RIVALS = ("eager", "compile", "onnxruntime", "openvino")
 GPU_RIVALS = ("eager", "compile", "reduce-overhead")
+STATISTICS = 64  # pictures that batch norms see: of 8, other pictures differ so much that activations explode
 MODELS = ("efficientvit_m5", "efficientformer_l1", "lowformer_b1", "efficientmod_s", "tinynet_a")
 
 
@@ -169,7 +170,8 @@ def main() -> None:
         torch.manual_seed(0)
         size = zoo.get_config(name).input_hw
         pictures = read(options.pictures, size, options.count) if options.pictures else None
-        seen = torch.randn(8, 3, *size) if pictures is None else pictures[:: max(1, len(pictures) // 8)][:8]
+        examples = torch.randn(STATISTICS, 3, *size) if pictures is None else pictures
+        seen = examples[:: max(1, len(examples) // STATISTICS)][:STATISTICS]
         model = fill(zoo.create_model(name), seen)
         kind, plain = plain_model(name, model, options.efficientmod)
         for batch in options.batch:
