@@ -92,6 +92,17 @@ def test_every_engine_and_precision_answers_the_same(fast: Any, model: nn.Module
     assert (fast(x) - eval_of(model, x)).norm() <= tolerance * eval_of(model, x).norm()
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_pictures_may_be_in_channels_last(
+    engine: str, model: nn.Module, pictures: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = search(model, pictures[:2], engines=[engine])
+    x = pictures[2:4].contiguous(memory_format=torch.channels_last)
+    expected = fast(pictures[2:4])
+    monkeypatch.setattr(Tensor, "contiguous", mock.Mock(side_effect=AssertionError("its threads would be in the way")))
+    assert torch.equal(fast(x), expected)
+
+
 def test_the_report_explains_the_choice(fast: Any) -> None:
     chosen = fast.report.chosen
     text = str(fast.report)
