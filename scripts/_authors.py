@@ -16,7 +16,7 @@ def authors_efficientmod(file: Path, name: str, state_dict: Mapping[str, Tensor]
     """The model of ``models/EfficientMod.py`` of github.com/ma-xu/EfficientMod, with zoo's weights, in eval mode."""
     of_theirs = name.replace("efficientmod", "efficientMod").replace("_conv", "_Conv")
     model: nn.Module = getattr(_load(file), of_theirs)()
-    model.load_state_dict(to_authors(dict(state_dict), name))
+    model.load_state_dict(to_authors(state_dict, name))
     return model.eval()
 
 

@@ -865,6 +865,11 @@ def _answers(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return tensors_of(model(*inputs))
 
 
+def _refuse_not_finite(outputs: Sequence[Tensor], of: str) -> None:
+    if not all(bool(each.isfinite().all()) for each in outputs):
+        raise ExportError(f"The model's answer to {of} is not finite, so that nothing can be checked.")
+
+
 def _error(answers: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
     """Rms of the difference, over the rms of what is expected."""
     pairs = [
@@ -891,8 +896,7 @@ def _expected(
         for one, other in zip(first, again, strict=True):
             if not torch.equal(one.nan_to_num(), other.nan_to_num()) and not torch.allclose(one, other, 1e-4, 1e-4):
                 raise ExportError("The model answers differently each time, so that nothing can be checked against it.")
-        if not all(bool(each.isfinite().all()) for each in first):
-            raise ExportError("The model's answer to the example is not finite, so that nothing can be checked.")
+        _refuse_not_finite(first, "the example")
         answers: list[list[Tensor]] = []
         start = time.monotonic()
         for inputs in checks:
@@ -900,8 +904,5 @@ def _expected(
             if enough and not all_of_them:
                 break
             answers.append(_answers(original, inputs))
-            if not all(bool(each.isfinite().all()) for each in answers[-1]):
-                raise ExportError(
-                    f"The model's answer to check {len(answers)} is not finite, so that it shows nothing."
-                )
+            _refuse_not_finite(answers[-1], f"check {len(answers)}")
     return answers, isinstance(getattr(output, "logits", output), Tensor)
