@@ -5,7 +5,7 @@
 Products are those of the released MatMul-free LMs' MLPs. What is compared is interleaved, so that all of it sees the
 same machine; the figures are medians of the rounds, with the distance between the quartiles in percent. A layer is
 either called again and again, so that its weights stay in cache, or in turn with copies of itself that are together
-larger than any cache, as in a model. The bandwidth is that of adding up 128 MB with the same threads, in
+larger than any cache, as in a model. The bandwidth is that of adding up as much memory with the same threads, in
 the same turns; the share of it is what the packed bytes over the time come to.
 
 Memory is a fresh process's peak above what it held before, in a training step of one layer, or of a block with its
@@ -44,12 +44,17 @@ from zoo.ops.hgrn_scan import hgrn_scan_reference
 
 SHAPES = ((1024, 2816), (2048, 5632), (2560, 6912))
 BATCHES = (1, 32, 512)
-BEYOND_CACHES = 128 * 2**20  # bytes
 LENGTH, WIDTH = 2048, 1024
 MEMORY_SHAPES = ((1024, 1024), (5632, 1024), (1024, 2816))  # [Cout, Cin] in the 370M model
 MEMORY_TOKENS = (2048, 8192)
 FORMS = ("unfused", "fused")
 MODEL, BLOCK_TOKENS = "matmulfree_370m", (2048, 4096)
+
+
+def beyond_caches() -> int:
+    """Bytes that no cache holds: twice the largest that Linux names, and 128 MB at least."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max([128 * 2**20, *(2 * int(size[:-1]) * 2**10 for size in sizes if size.endswith("K"))])
 
 
 def row(*cells: object) -> None:
@@ -77,12 +82,12 @@ def measured(
 
 def copies(tensor: torch.Tensor, cached: bool) -> Callable[[], torch.Tensor]:
     """The tensor, or in turn copies of it that no cache holds."""
-    count = 1 if cached else -(-BEYOND_CACHES // tensor.nbytes)
+    count = 1 if cached else -(-beyond_caches() // tensor.nbytes)
     return partial(next, itertools.cycle([tensor, *(tensor.clone() for _ in range(count - 1))]))
 
 
 def benchmark_products(rounds: int, device: str) -> None:
-    block = torch.ones(BEYOND_CACHES // 4, device=device)
+    block = torch.ones(beyond_caches() // 4, device=device)
     columns_of_speed = ("packed GB/s", "memory GB/s", "share")
     header("out x in, batch", "weights", "packed", "float32", "bfloat16", "x float32", "x bfloat16", *columns_of_speed)
     for (rows, columns), batch in itertools.product(SHAPES, BATCHES):
@@ -248,7 +253,7 @@ def main() -> None:
     if device == "cpu":
         print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
         load = f"load average before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores"
-        print(f"{options.threads} threads, wall time; {load}")
+        print(f"{options.threads} threads, wall time; {load}; beyond the caches: {beyond_caches() / 2**20:.0f} MB")
     else:
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, TF32 off")
     print(f"bit_linear: {chosen.name}: {chosen.reason}")
