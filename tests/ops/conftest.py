@@ -17,9 +17,10 @@ def interpret() -> Callable[..., None]:
     pytest.importorskip("triton")
 
     def run(script: str, variable: str, timeout: float = 300) -> None:
-        folder = str(Path(__file__).parent)
+        here = Path(__file__).parent
+        folders = [str(here), str(here.with_name("helpers"))]
         environment = {**os.environ, "TRITON_INTERPRET": "1", variable: "triton"}
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n{script}"]
+        command = [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}\n{script}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, done.stderr[-3000:]
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from threads import torch_threads
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -204,13 +205,8 @@ def test_threads(threads: int, tokens: int, implementation: str) -> None:
     weight = 0.02 * torch.randint(-1, 2, (602, 600), generator=torch.Generator().manual_seed(0))
     expected = bit_linear_reference(x, weight, norm_weight)
     packed, scale = pack_weight(weight)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            out = packed_bit_linear(x, packed, scale, norm_weight, out_features=602)
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), torch.no_grad():
+        out = packed_bit_linear(x, packed, scale, norm_weight, out_features=602)
     assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -289,6 +285,14 @@ def test_kernels_are_exact() -> None:
     assert cpu.kernels()[-1] == "portable C++"
     with pytest.raises(RuntimeError, match="no kernels"):
         ops.packed_product(codes.to(torch.int8), pack_ternary(ternary), rows, len(cpu.kernels()))
+
+
+def test_a_step_computes_as_torch() -> None:
+    """Where it does not, with another torch or processor, a step falls back on torch's operators, which are slower."""
+    need_kernel()
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("written after torch's kernels for AVX2 and AVX-512")
+    assert torch.ops.zoo_cpu.matmulfree_step_is_as_torch()
 
 
 def test_codes_are_the_references() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from threads import torch_threads
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -148,12 +149,8 @@ def test_nothing_is_left_unwritten(implementation: str) -> None:
 def test_threads(threads: int, implementation: str) -> None:
     inputs = make_inputs(12, batch=3, width=75)
     expected = with_gradients(hgrn_scan_reference, inputs)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         assert_same(with_gradients(hgrn_scan, inputs), expected)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,6 +14,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from threads import torch_threads
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -172,12 +173,8 @@ def test_nothing_is_left_unwritten(implementation: str) -> None:
 def test_threads(threads: int, implementation: str) -> None:
     inputs = make_inputs(70, batch=1, channels=66, groups=1)
     expected = with_gradients(selective_scan_reference, inputs)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         assert_same(with_gradients(scan_with_state, inputs), expected)
-    finally:
-        torch.set_num_threads(before)
 
 
 # What a caller may get wrong, or may not expect to work.

@@ -232,8 +232,13 @@ def is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of this module does more than its forward pass."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or _has_any_global_hook())
+    """Whether a call of this module does more than its class's forward pass."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or "forward" in module.__dict__  # as some put another in its place
+        or _has_any_global_hook()
+    )
 
 
 def fuse_activation(module: nn.Module, act: str, *layers: str) -> None:

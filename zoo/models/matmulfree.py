@@ -106,44 +106,9 @@ class MatMulFreeBlock(nn.Module):
     def forward(
         self, x: Tensor, floor: Tensor | None, keep: Tensor | None, restart: Tensor | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if x.shape[1] == 1 and state is not None and keep is None and restart is None:
-            stepped = self._step(x, floor, state)
-            if stepped is not None:
-                return stepped
         mixed, state = self.attn(self.attn_norm(x), floor, keep, restart, state)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), state
-
-    def _step(self, x: Tensor, floor: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor] | None:
-        """One new token of each row in one call of C++, bit by bit the same: operators start for longer than they run.
-
-        None where a layer is not packed, something is not on the CPU in float32, or somebody looks on.
-        """
-        blocks: Any = self._modules  # looked up here, as attributes of modules take their time
-        attn, mlp = blocks["attn"]._modules, blocks["mlp"]._modules
-        layers = [attn[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
-        layers += [mlp["gate_proj"], mlp["down_proj"]]
-        if any(type(layer) is not PackedBitLinear for layer in layers) or not is_unobserved(x):
-            return None
-        norms = [blocks["attn_norm"], blocks["mlp_norm"], attn["g_norm"]]
-        inner = [layer._modules["norm"] for layer in layers]
-        weights = [norm._parameters["weight"] for norm in (*norms, *inner)]
-        if (
-            not all(each.is_cpu and each.dtype is torch.float32 for each in (x, state, *weights))
-            or any(is_hooked(each) for each in (blocks["attn"], blocks["mlp"], *layers, *norms))
-            or not cpu.EXTENSION.ready
-            or choose_bit_linear.forced()
-            or choose_scan.forced()
-        ):
-            return None
-        tensors = []
-        for layer, weight in zip(layers, weights[3:], strict=True):
-            buffers = layer._buffers
-            tensors += [buffers["packed"], buffers["scale"], weight]
-        y, state = cpu.matmulfree_step(
-            x[:, 0].contiguous(), state.contiguous(), floor, tensors, weights[:3], norms[0].eps, inner[0].eps
-        )
-        return y[:, None], state
 
 
 class MatMulFreeTrunk(Trunk):
@@ -188,6 +153,12 @@ class MatMulFreeTrunk(Trunk):
             restart = F.pad(position_ids[:, 1:] == 0, (1, 0)).expand(len(x), -1)[..., None]
         floors = self.floors()
         states = {} if cache is None else cache.tensors
+        if tokens == 1 and states and padding is None and not keep_states:
+            stepped = self._step(x[:, 0], floors, [states[number] for number in range(len(self.layers))])
+            if stepped is not None:
+                x, after = stepped
+                states.update(enumerate(after))
+                return TrunkOutput(self.norm(x[:, None]))
         out = TrunkOutput(x, states=[x] if keep_states else [])
         for number, block in enumerate(self.layers):
             floor = floors[number] if number else None
@@ -198,6 +169,49 @@ class MatMulFreeTrunk(Trunk):
                 out.states.append(x)
         out.hidden = self.norm(x)
         return out
+
+    def _step(self, x: Tensor, floors: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+        """All blocks for one new token of each row in one call of C++, bit by bit the same.
+
+        Operators, and Python between them, start for longer than they run: a block's weights have pushed both out of
+        the processor's caches. None where a layer is not packed, something is not on the CPU in float32, or somebody
+        looks on.
+        """
+        if (
+            not cpu.EXTENSION.ready
+            or not is_unobserved(x)
+            or choose_bit_linear.forced()
+            or choose_scan.forced()
+            or any(each.device.type != "cpu" or each.dtype is not torch.float32 for each in (x, floors, *states))
+        ):
+            return None
+        tensors: list[Tensor] = []
+        weights: list[Tensor] = []
+        epsilons = set()
+        for block in self.layers:
+            of: Any = block._modules  # looked up here, as attributes of modules take their time
+            attn, mlp = of["attn"], of["mlp"]
+            layers = [attn._modules[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
+            layers += [mlp._modules["gate_proj"], mlp._modules["down_proj"]]
+            norms = [of["attn_norm"], of["mlp_norm"], attn._modules["g_norm"]]
+            if any(type(layer) is not PackedBitLinear for layer in layers):
+                return None
+            inner = [layer._modules["norm"] for layer in layers]
+            if any(map(is_hooked, (block, attn, mlp, *layers, *norms))):
+                return None
+            for layer, norm in zip(layers, inner, strict=True):
+                tensors += [layer._buffers["packed"], layer._buffers["scale"], norm._parameters["weight"]]
+            weights += [norm._parameters["weight"] for norm in norms]
+            epsilons |= {(norms[0].eps, inner[0].eps)}
+        floats = (*weights, *tensors[1::3], *tensors[2::3])
+        if (
+            len(epsilons) > 1
+            or any(each.dtype is not torch.float32 for each in floats)
+            or not all(each.is_cpu and each.is_contiguous() for each in (*floats, *tensors[::3]))
+        ):
+            return None
+        ((norm_eps, layer_eps),) = epsilons
+        return cpu.matmulfree_step(x, states, floors, tensors, weights, norm_eps, layer_eps)
 
 
 def _from_hgrn_bit(values: Mapping[str, Any]) -> dict[str, Any]:

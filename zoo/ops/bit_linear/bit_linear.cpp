@@ -3,16 +3,19 @@
 // Four weights a byte, codes 0, 1 and 2 for -1, 0 and 1, as packing.py lays them out: byte k of packed row r holds the
 // codes of the matrix's rows r, r + R, r + 2R and r + 3R at column k, lowest bits first. So one load of packed bytes
 // gives four vectors of weights by masks and one shift, and all four meet the same vector of activations. The unsigned
-// operand of the processor's 8-bit dot products are the codes, the signed one the activations; the sum of the activations, which
-// is subtracted at the end, turns codes into weights. Codes are not all shifted down: sums that are a multiple of what they
-// should be are shifted when they are complete. Everything is exact in int32, up to 2^17 columns.
+// operand of the processor's 8-bit dot products are the codes, the signed one the activations; the sum of the
+// activations, which is subtracted at the end, turns codes into weights. Codes are not all shifted down: sums that are a
+// multiple of what they should be are shifted when they are complete. Everything is exact in int32, up to 2^17 columns.
 //
 // For a batch, a block of packed rows that fits the second cache meets all tokens, a few at a time, before the next one.
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/silu.h>
 #include <torch/library.h>
 
@@ -428,65 +431,91 @@ void quantise_token(const float* x, const float* weight, float eps, int64_t colu
   *sum = codes_sum;
 }
 
-// Where x is contiguous, [..., columns] float32.
-Quantised quantise(const Tensor& x, const Tensor& norm_weight, double eps) {
-  const int64_t columns = norm_weight.numel(), tokens = columns ? x.numel() / columns : 0;
+Quantised quantise(const float* x, const float* norm_weight, int64_t tokens, int64_t columns, float eps) {
   Quantised q(tokens, columns);
-  const float *data = x.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
   at::parallel_for(0, tokens, std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1)), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> y(new float[columns]);
     for (int64_t t = begin; t < end; ++t)
-      quantise_token(data + t * columns, weight, float(eps), columns, y.get(), q.codes + t * q.stride, &q.step[t],
-                     &q.sum[t]);
+      quantise_token(x + t * columns, norm_weight, eps, columns, y.get(), q.codes + t * q.stride, &q.step[t], &q.sum[t]);
   });
   return q;
 }
 
-// BitLinear of one token x [columns]. Each thread quantises it for itself, since waiting for another to do so takes longer.
-void multiply_token(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int64_t rows, int64_t columns,
-                    const float* x, const float* weight, float eps, float unit, float* out) {
-  at::parallel_for(0, packed_rows, grain(columns), [&](int64_t begin, int64_t end) {
+// A packed BitLinear and where its answers go, [tokens, rows].
+struct Layer {
+  const uint8_t* packed;
+  int64_t packed_rows, rows;
+  float unit;  // what a weight of 1 is worth
+  const float* norm_weight;
+  float* out;
+
+  Layer(const Tensor& packed, const Tensor& scale, const Tensor& norm_weight, int64_t rows, float* out)
+      : packed(packed.const_data_ptr<uint8_t>()), packed_rows(packed.size(0)), rows(rows),
+        unit(*scale.const_data_ptr<float>()), norm_weight(norm_weight.const_data_ptr<float>()), out(out) {}
+};
+
+// BitLinears of the same token x [columns], one after the other, so that threads are woken once. Each thread quantises it
+// for itself, since waiting for another to do so takes longer.
+void multiply_token(const Kernels& k, at::ArrayRef<Layer> layers, const float* x, int64_t columns, float eps) {
+  int64_t total = 0;
+  for (const Layer& layer : layers) total += layer.packed_rows;
+  at::parallel_for(0, total, grain(columns), [&](int64_t begin, int64_t end) {
     Quantised q(1, columns);
     const std::unique_ptr<float[]> y(new float[columns]);
-    quantise_token(x, weight, eps, columns, y.get(), q.codes, &q.step[0], &q.sum[0]);
-    const float step = q.step[0] * unit;
-    multiply_rows(k, packed, packed_rows, rows, columns, q.codes, begin, end,
-                  [&](int64_t row, int32_t sum) { out[row] = float(sum - q.sum[0]) * step; });
+    for (const Layer& layer : layers) {  // whose rows begin at 0 from here on
+      const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, layer.packed_rows);
+      begin -= layer.packed_rows, end -= layer.packed_rows;
+      if (first >= last) continue;
+      quantise_token(x, layer.norm_weight, eps, columns, y.get(), q.codes, &q.step[0], &q.sum[0]);
+      const float step = q.step[0] * layer.unit;
+      multiply_rows(k, layer.packed, layer.packed_rows, layer.rows, columns, q.codes, first, last,
+                    [&](int64_t row, int32_t sum) { layer.out[row] = float(sum - q.sum[0]) * step; });
+    }
   });
 }
 
-// Whether x is [..., columns] float32, packed [R, columns] uint8, norm_weight [columns], and scale, what a weight of 1 is
-// worth, one number, both float32.
-bool fits(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& norm_weight, int64_t rows) {
-  for (const Tensor& each : {x, scale, norm_weight})
-    if (!each.is_cpu() || each.scalar_type() != at::kFloat) return false;
+// BitLinears of the same tokens x [tokens, columns].
+void multiply_tokens(const Kernels& k, at::ArrayRef<Layer> layers, const float* x, int64_t tokens, int64_t columns,
+                     float eps) {
+  if (tokens == 1) return multiply_token(k, layers, x, columns, eps);
+  for (const Layer& layer : layers) {
+    const Quantised q = quantise(x, layer.norm_weight, tokens, columns, eps);
+    multiply(k, layer.packed, layer.packed_rows, layer.rows, columns, q.codes, q.stride, tokens,
+             [&](int64_t token, int64_t row, int32_t sum) {
+               layer.out[token * layer.rows + row] = float(sum - q.sum[token]) * (q.step[token] * layer.unit);
+             });
+  }
+}
+
+bool is_float(const Tensor& x) { return x.is_cpu() && x.scalar_type() == at::kFloat; }
+
+// Whether packed is [R, columns] uint8, norm_weight [columns], and scale, what a weight of 1 is worth, one number, both
+// float32.
+bool fits(const Tensor& packed, const Tensor& scale, const Tensor& norm_weight, int64_t rows, int64_t columns) {
   return packed.is_cpu() && packed.scalar_type() == at::kByte && packed.dim() == 2 && packed.size(0) == (rows + 3) / 4 &&
-         packed.size(1) <= kMaxInputs && scale.numel() == 1 && x.dim() > 0 && x.size(-1) == packed.size(1) && norm_weight.dim() == 1 &&
-         norm_weight.numel() == packed.size(1);
+         packed.size(1) == columns && columns <= kMaxInputs && is_float(scale) && scale.numel() == 1 &&
+         is_float(norm_weight) && norm_weight.dim() == 1 && norm_weight.numel() == columns;
+}
+
+// The same, and whether x is [..., columns] float32.
+bool fits(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& norm_weight, int64_t rows) {
+  return is_float(x) && x.dim() > 0 && fits(packed, scale, norm_weight, rows, x.size(-1));
 }
 
 Tensor packed_bit_linear(const Tensor& x_, const Tensor& packed_, const Tensor& scale, const Tensor& norm_weight_,
                          int64_t rows, double eps, int64_t choice) {
   const Kernels& k = kernels(choice);
-  TORCH_CHECK(fits(x_, packed_, scale, norm_weight_, rows), "packed_bit_linear: the tensors do not fit ", rows, " outputs");
+  TORCH_CHECK(fits(x_, packed_, scale, norm_weight_, rows), "packed_bit_linear: the tensors do not fit ", rows,
+              " outputs");
   const Tensor x = x_.contiguous(), packed = packed_.contiguous(), norm_weight = norm_weight_.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = rows;
   Tensor out = at::empty(shape, x.options());
   if (out.numel() == 0) return out;
   if (x.numel() == 0) return out.zero_();  // no inputs
-  const float unit = *scale.const_data_ptr<float>();
-  float* target = out.data_ptr<float>();
-  if (x.numel() == packed.size(1)) {
-    multiply_token(k, packed.const_data_ptr<uint8_t>(), packed.size(0), rows, packed.size(1), x.const_data_ptr<float>(),
-                   norm_weight.const_data_ptr<float>(), float(eps), unit, target);
-    return out;
-  }
-  const Quantised q = quantise(x, norm_weight, eps);
-  multiply(k, packed.const_data_ptr<uint8_t>(), packed.size(0), rows, packed.size(1), q.codes, q.stride,
-           int64_t(q.step.size()), [&](int64_t token, int64_t row, int32_t sum) {
-             target[token * rows + row] = float(sum - q.sum[token]) * (q.step[token] * unit);
-           });
+  const Layer layer(packed, scale, norm_weight, rows, out.data_ptr<float>());
+  const int64_t columns = packed.size(1);
+  multiply_tokens(k, layer, x.const_data_ptr<float>(), x.numel() / columns, columns, float(eps));
   return out;
 }
 
@@ -500,61 +529,195 @@ OptionalTensor packed_bit_linear_at_once(const Tensor& x, const Tensor& packed, 
   return packed_bit_linear(x, packed, scale, norm_weight, rows, eps, 0);
 }
 
-// x / sqrt(mean(x^2) + eps) * weight over the last dimension, contiguous float32: bit by bit as torch's rms_norm, since a
-// difference in the last one may give an activation another code.
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const Tensor mean = x.pow(2).mean(-1);
-  Tensor out = at::empty_like(x);
-  const int64_t columns = weight.numel(), tokens = mean.numel();
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float inverse = 1.0f / std::sqrt(mean.const_data_ptr<float>()[t] + float(eps));
-    const float *row = x.const_data_ptr<float>() + t * columns, *w = weight.const_data_ptr<float>();
-    float* target = out.data_ptr<float>() + t * columns;
-    for (int64_t k = 0; k < columns; ++k) target[k] = row[k] * inverse * w[k];
-  }
-  return out;
-}
+// What a block computes besides its products, bit by bit as torch's operators do, since a difference in the last bit may
+// give an activation another code. Not by those operators: a block's weights push their code out of the caches, after which
+// each takes 5 to 20 us for what takes less than one. Whether it does come out the same is found out once.
 
-// A block of MatMul-free LM for one new token of each row, as MatMulFreeBlock.forward computes it, with packed layers:
-// in one call, since starting the some thirty operators takes longer than they do.
-//
-// x and state are [B, D], floor is [D]. Of each of i_proj, f_proj, g_proj, o_proj, gate_proj and down_proj there are the
-// packed weights, the scale and the norm's weight; norms are those of the two mixers' inputs and of the gate.
-std::tuple<Tensor, Tensor> matmulfree_step(const Tensor& x, const Tensor& state, const OptionalTensor& floor,
-                                           at::TensorList layers, at::TensorList norms, double norm_eps,
-                                           double layer_eps) {
-  TORCH_CHECK(layers.size() == 18 && norms.size() == 3, "matmulfree_step: expected six layers and three norms");
-  const auto linear = [&](int i, const Tensor& input, int64_t rows) {
-    return packed_bit_linear(input, layers[3 * i], layers[3 * i + 1], layers[3 * i + 2], rows, layer_eps, 0);
+using at::vec::Vectorized;
+
+constexpr int64_t kUndivided = 32768;  // numbers that torch's elementwise operators leave to one thread
+constexpr int64_t kSumLanes = 8;       // of torch's sum on every x86 processor
+
+// As vectorized_inner_sum in torch's SumKernel.cpp: four sums of vectors, each in levels of 16 or more, then of lanes.
+float sum_as_torch(const float* x, int64_t n) {
+  constexpr int kLevels = 4, kRows = 4;
+  const int64_t vectors = n / kSumLanes, steps = vectors / kRows;
+  int64_t log = 0;
+  while ((int64_t{1} << log) < steps) ++log;
+  const int64_t power = std::max<int64_t>(4, log / kLevels), step = int64_t{1} << power;
+  float sums[kLevels][kRows * kSumLanes] = {};
+  const auto add = [&](int64_t i) {
+    for (int lane = 0; lane < kRows * kSumLanes; ++lane) sums[0][lane] += x[i * kRows * kSumLanes + lane];
   };
-  const int64_t width = x.size(1), numbers = x.numel(), mlp = layers[17].numel();
-  const Tensor mixed = rms_norm(x, norms[0], norm_eps);
-  Tensor value = at::silu(linear(0, mixed, width)), forget = linear(1, mixed, width).sigmoid_();
-  const Tensor after = at::empty_like(state);
-  {
-    const float *v = value.const_data_ptr<float>(), *f = forget.const_data_ptr<float>();
-    const float *before = state.const_data_ptr<float>(), *low = floor ? floor->const_data_ptr<float>() : nullptr;
-    float* out = after.data_ptr<float>();
-    for (int64_t n = 0; n < numbers; ++n) {
-      const float kept = low ? low[n % width] + (1.0f - low[n % width]) * f[n] : f[n];
-      out[n] = kept * before[n] + v[n] * (1.0f - kept);
+  int64_t i = 0;
+  while (i + step <= steps) {
+    for (int64_t j = 0; j < step; ++j) add(i++);
+    for (int level = 1; level < kLevels; ++level) {
+      for (int lane = 0; lane < kRows * kSumLanes; ++lane) {
+        sums[level][lane] += sums[level - 1][lane];
+        sums[level - 1][lane] = 0;
+      }
+      if (i & ((step - 1) << (level * power))) break;
     }
   }
-  Tensor gated = rms_norm(linear(2, mixed, width), norms[2], norm_eps).mul_(at::silu(after));
-  Tensor y = linear(3, gated, width).add_(x);
-  const Tensor both = linear(4, rms_norm(y, norms[1], norm_eps), 2 * mlp);
-  const Tensor hidden = at::silu(both.narrow(1, 0, mlp).contiguous()).mul_(both.narrow(1, mlp, mlp));
-  return {linear(5, hidden, width).add_(y), after};
+  while (i < steps) add(i++);
+  for (int level = 1; level < kLevels; ++level)
+    for (int lane = 0; lane < kRows * kSumLanes; ++lane) sums[0][lane] += sums[level][lane];
+  float* total = sums[0];
+  for (int64_t v = steps * kRows; v < vectors; ++v)
+    for (int lane = 0; lane < kSumLanes; ++lane) total[lane] += x[v * kSumLanes + lane];
+  for (int row = 1; row < kRows; ++row)
+    for (int lane = 0; lane < kSumLanes; ++lane) total[lane] += total[row * kSumLanes + lane];
+  float all = 0;
+  for (int64_t k = vectors * kSumLanes; k < n; ++k) all += x[k];
+  for (int lane = 0; lane < kSumLanes; ++lane) all += total[lane];
+  return all;
+}
+
+// Torch's elementwise operators take two vectors at a time, and what is left one by one.
+template <typename Vector, typename One>
+void map_as_torch(float* x, int64_t n, const Vector& vector, const One& one) {
+  constexpr int64_t kLanes = Vectorized<float>::size();
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= n; k += 2 * kLanes)
+    for (int64_t half = k; half < k + 2 * kLanes; half += kLanes)
+      vector(Vectorized<float>::loadu(x + half)).store(x + half);
+  for (; k < n; ++k) x[k] = one(x[k]);
+}
+
+void silu_as_torch(float* x, int64_t n) {
+  const Vectorized<float> unit(1.0f);
+  map_as_torch(x, n, [&](Vectorized<float> v) { return v / (unit + v.neg().exp()); },
+               [](float v) { return v / (1.0f + std::exp(-v)); });
+}
+
+void sigmoid_as_torch(float* x, int64_t n) {
+  const Vectorized<float> unit(1.0f), zero(0.0f);
+  map_as_torch(x, n, [&](Vectorized<float> v) { return (unit + (zero - v).exp()).reciprocal(); },
+               [](float v) { return 1.0f / (1.0f + std::exp(-v)); });
+}
+
+bool is_as_torch() {
+  static const bool found = [] {
+    for (const int64_t n : {3, 64, 200, 1000, 1024, 2048, 2560, 2816, 5632, 6912, 30000}) {
+      Tensor x = at::empty({n}, at::kFloat);
+      float* data = x.data_ptr<float>();
+      for (int64_t k = 0; k < n; ++k) data[k] = 12.0f * std::sin(float(k * k % 9973)) + 1e-3f * float(k % 7);
+      Tensor silu = x.clone(), sigmoid = x.clone();
+      silu_as_torch(silu.data_ptr<float>(), n), sigmoid_as_torch(sigmoid.data_ptr<float>(), n);
+      if (!at::equal(silu, at::silu(x)) || !at::equal(sigmoid, x.sigmoid())) return false;
+      const Tensor sums = x.repeat({3, 1}).sum(-1);
+      for (int64_t row = 0; row < 3; ++row)
+        if (sums.const_data_ptr<float>()[row] != sum_as_torch(data, n)) return false;
+    }
+    return true;
+  }();
+  return found;
+}
+
+Tensor view_of(float* x, int64_t n) { return at::from_blob(x, {n}, at::kFloat); }
+
+void silu(float* x, int64_t n) {
+  if (n <= kUndivided && is_as_torch()) return silu_as_torch(x, n);
+  view_of(x, n).copy_(at::silu(view_of(x, n)));
+}
+
+void sigmoid(float* x, int64_t n) {
+  if (n <= kUndivided && is_as_torch()) return sigmoid_as_torch(x, n);
+  view_of(x, n).sigmoid_();
+}
+
+// x / sqrt(mean(x^2) + eps) * weight of each token.
+void rms_norm(const float* x, const float* weight, float eps, int64_t tokens, int64_t columns, float* out) {
+  for (int64_t t = 0; t < tokens; ++t, x += columns, out += columns) {
+    for (int64_t k = 0; k < columns; ++k) out[k] = x[k] * x[k];
+    const bool quick = columns < kUndivided && is_as_torch();
+    const float sum = quick ? sum_as_torch(out, columns) : view_of(out, columns).sum().item<float>();
+    const float inverse = 1.0f / std::sqrt(sum / float(columns) + eps);
+    for (int64_t k = 0; k < columns; ++k) out[k] = x[k] * inverse * weight[k];
+  }
+}
+
+// Blocks of MatMul-free LM for one new token of each row, as MatMulFreeBlock.forward computes them, with packed layers: in
+// one call, since starting some thirty operators for each takes longer than they do.
+//
+// x is [B, D]; so are the states, one for each block; floors is [L, D]. Of each of a block's i_proj, f_proj, g_proj, o_proj,
+// gate_proj and down_proj there are the packed weights, the scale and the norm's weight; norms are those of the two
+// mixers' inputs and of the gate. Gives the last block's output and the states after the token.
+std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::TensorList states, const Tensor& floors,
+                                                        at::TensorList layers, at::TensorList norms, double norm_eps,
+                                                        double layer_eps) {
+  const int64_t blocks = states.size(), tokens = x.size(0), width = x.size(1), numbers = x.numel();
+  TORCH_CHECK(int64_t(layers.size()) == 18 * blocks && int64_t(norms.size()) == 3 * blocks,
+              "matmulfree_step: expected six layers and three norms for each of ", blocks, " blocks");
+  TORCH_CHECK(is_float(x) && is_float(floors) && floors.is_contiguous() && floors.numel() == blocks * width,
+              "matmulfree_step: the floors do not fit");
+  Tensor out = x.clone(at::MemoryFormat::Contiguous);
+  std::vector<Tensor> after;
+  if (numbers == 0 || blocks == 0) return {out, states.vec()};
+  const Kernels& k = kernels(0);
+  const int64_t mlp = layers[17].numel();
+  std::vector<float> room(numbers * 5 + tokens * mlp * 3);
+  float *mixed = room.data(), *value = mixed + numbers, *forget = value + numbers, *gate = forget + numbers;
+  float *y = gate + numbers, *both = y + numbers, *hidden = both + 2 * tokens * mlp;
+  float* stream = out.data_ptr<float>();
+  for (int64_t block = 0; block < blocks; ++block) {
+    const auto layer = [&](int i, int64_t rows, float* target) {
+      const Tensor* of = &layers[18 * block + 3 * i];
+      const bool whole = of[0].is_contiguous() && of[2].is_contiguous();
+      TORCH_CHECK(whole && fits(of[0], of[1], of[2], rows, i == 5 ? mlp : width), "matmulfree_step: layer ", i,
+                  " of block ", block, " does not fit");
+      return Layer(of[0], of[1], of[2], rows, target);
+    };
+    const auto multiply = [&](at::ArrayRef<Layer> some, const float* input, int64_t columns) {
+      multiply_tokens(k, some, input, tokens, columns, float(layer_eps));
+    };
+    const auto norm = [&](int i, const float* input, float* target) {
+      const Tensor& weight = norms[3 * block + i];
+      TORCH_CHECK(is_float(weight) && weight.is_contiguous() && weight.numel() == width, "matmulfree_step: norm ", i,
+                  " of block ", block, " does not fit");
+      rms_norm(input, weight.const_data_ptr<float>(), float(norm_eps), tokens, width, target);
+    };
+    const Tensor state_before = states[block].contiguous();
+    TORCH_CHECK(is_float(state_before) && state_before.sizes() == x.sizes(), "matmulfree_step: the state of block ", block, " does not fit");
+    norm(0, stream, mixed);
+    multiply({layer(0, width, value), layer(1, width, forget), layer(2, width, gate)}, mixed, width);
+    silu(value, numbers);
+    sigmoid(forget, numbers);
+    after.push_back(at::empty_like(state_before));
+    float* state = after.back().data_ptr<float>();
+    const float *before = state_before.const_data_ptr<float>(), *low = floors.const_data_ptr<float>() + block * width;
+    for (int64_t n = 0; n < numbers; ++n) {
+      const float kept = low[n % width] + (1.0f - low[n % width]) * forget[n];
+      state[n] = kept * before[n] + value[n] * (1.0f - kept);
+    }
+    std::copy(state, state + numbers, value);
+    silu(value, numbers);
+    norm(2, gate, mixed);
+    for (int64_t n = 0; n < numbers; ++n) mixed[n] *= value[n];
+    multiply(layer(3, width, y), mixed, width);
+    for (int64_t n = 0; n < numbers; ++n) y[n] += stream[n];
+    norm(1, y, mixed);
+    multiply(layer(4, 2 * mlp, both), mixed, width);
+    for (int64_t t = 0; t < tokens; ++t) std::copy_n(both + 2 * t * mlp, mlp, hidden + t * mlp);
+    silu(hidden, tokens * mlp);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t n = 0; n < mlp; ++n) hidden[t * mlp + n] *= both[(2 * t + 1) * mlp + n];
+    multiply(layer(5, width, stream), hidden, mlp);
+    for (int64_t n = 0; n < numbers; ++n) stream[n] += y[n];
+  }
+  return {out, after};
 }
 
 // The same in two steps: codes [..., columns] int8 and what 1 is worth [..., 1]; their exact product, int32.
 std::tuple<Tensor, Tensor> quantise_activations(const Tensor& x, const Tensor& norm_weight, double eps) {
-  const Quantised q = quantise(x, norm_weight, eps);
+  const int64_t columns = norm_weight.numel(), tokens = columns ? x.numel() / columns : 0;
+  const float *data = x.const_data_ptr<float>(), *weight = norm_weight.const_data_ptr<float>();
+  const Quantised q = quantise(data, weight, tokens, columns, float(eps));
   std::vector<int64_t> shape = x.sizes().vec();
   Tensor codes = at::empty(shape, x.options().dtype(at::kChar));
   shape.back() = 1;
   Tensor step = at::empty(shape, x.options());
-  const int64_t columns = norm_weight.numel();
   for (size_t t = 0; t < q.step.size(); ++t)
     std::memcpy(codes.data_ptr<int8_t>() + t * columns, q.codes + t * q.stride, columns);
   std::copy(q.step.begin(), q.step.end(), step.data_ptr<float>());
@@ -621,11 +784,12 @@ TORCH_LIBRARY_FRAGMENT(zoo_cpu, library) {
       "packed_bit_linear_at_once(Tensor x, Tensor packed, Tensor scale, Tensor norm_weight, int rows, float eps) -> Tensor?",
       &packed_bit_linear_at_once);
   library.def(
-      "matmulfree_step(Tensor x, Tensor state, Tensor? floor, Tensor[] layers, Tensor[] norms, float norm_eps, "
-      "float layer_eps) -> (Tensor, Tensor)",
+      "matmulfree_step(Tensor x, Tensor[] states, Tensor floors, Tensor[] layers, Tensor[] norms, float norm_eps, "
+      "float layer_eps) -> (Tensor, Tensor[])",
       &matmulfree_step);
   library.def("quantise_activations(Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor)", &quantise_activations);
   library.def("packed_product(Tensor codes, Tensor packed, int rows, int kernels=0) -> Tensor", &packed_product);
   library.def("pack_ternary(Tensor weight, Tensor scale) -> Tensor", &pack);
   library.def("bit_linear_kernels() -> str[]", &kernel_names);
+  library.def("matmulfree_step_is_as_torch() -> bool", &is_as_torch);
 }

@@ -42,25 +42,26 @@ def packed_forward(
 
 def matmulfree_step(
     x: Tensor,
-    state: Tensor,
-    floor: Tensor | None,
+    states: Sequence[Tensor],
+    floors: Tensor,
     layers: Sequence[Tensor],
     norms: Sequence[Tensor],
     norm_eps: float,
     layer_eps: float,
-) -> tuple[Tensor, Tensor]:
-    """A block of MatMul-free LM for one new token of each row; all tensors are float32 on the CPU, but packed weights.
+) -> tuple[Tensor, list[Tensor]]:
+    """L blocks of MatMul-free LM for one new token of each row; all is float32 on the CPU, but packed weights.
 
     Args:
-        x: ``[B, D]``, contiguous.
-        state: Of the block before the token, ``[B, D]``, contiguous.
-        floor: The least that each channel keeps, ``[D]``; None for 0.
-        layers: Packed weights, scale and the norm's weight of i_proj, f_proj, g_proj, o_proj, gate_proj and down_proj.
-        norms: Weights of the token mixer's, the channel mixer's and the gate's norm.
+        x: ``[B, D]``.
+        states: Of each block before the token, ``[B, D]`` each.
+        floors: The least that each channel keeps, ``[L, D]``, contiguous.
+        layers: Packed weights, scale and the norm's weight of each block's i_proj, f_proj, g_proj, o_proj, gate_proj
+            and down_proj, contiguous.
+        norms: Weights of each block's token mixer's, channel mixer's and gate's norm, contiguous.
         norm_eps: Of those.
         layer_eps: Of the layers' norms.
 
     Returns:
-        What the block makes of ``x``, and the state after the token.
+        What the last block makes of ``x``, and the states after the token.
     """
-    return torch.ops.zoo_cpu.matmulfree_step.default(x, state, floor, layers, norms, norm_eps, layer_eps)
+    return torch.ops.zoo_cpu.matmulfree_step.default(x, states, floors, layers, norms, norm_eps, layer_eps)
