@@ -679,7 +679,8 @@ std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::Ten
       rms_norm(input, weight.const_data_ptr<float>(), float(norm_eps), tokens, width, target);
     };
     const Tensor state_before = states[block].contiguous();
-    TORCH_CHECK(is_float(state_before) && state_before.sizes() == x.sizes(), "matmulfree_step: the state of block ", block, " does not fit");
+    TORCH_CHECK(is_float(state_before) && state_before.sizes() == x.sizes(), "matmulfree_step: the state of block ",
+                block, " does not fit");
     norm(0, stream, mixed);
     multiply({layer(0, width, value), layer(1, width, forget), layer(2, width, gate)}, mixed, width);
     silu(value, numbers);
