@@ -51,8 +51,10 @@ FORMS = ("unfused", "fused")
 MODEL, BLOCK_TOKENS = "matmulfree_370m", (2048, 4096)
 
 
-def beyond_caches() -> int:
-    """Bytes that no cache holds: twice the largest that Linux names, and 128 MB at least."""
+def beyond_caches(device: str | torch.device) -> int:
+    """Bytes that no cache holds: on a CPU twice the largest that Linux names, and 128 MB at least."""
+    if torch.device(device).type != "cpu":
+        return 128 * 2**20
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max([128 * 2**20, *(2 * int(size[:-1]) * 2**10 for size in sizes if size.endswith("K"))])
 
@@ -82,12 +84,12 @@ def measured(
 
 def copies(tensor: torch.Tensor, cached: bool) -> Callable[[], torch.Tensor]:
     """The tensor, or in turn copies of it that no cache holds."""
-    count = 1 if cached else -(-beyond_caches() // tensor.nbytes)
+    count = 1 if cached else -(-beyond_caches(tensor.device) // tensor.nbytes)
     return partial(next, itertools.cycle([tensor, *(tensor.clone() for _ in range(count - 1))]))
 
 
 def benchmark_products(rounds: int, device: str) -> None:
-    block = torch.ones(beyond_caches() // 4, device=device)
+    block = torch.ones(beyond_caches(device) // 4, device=device)
     columns_of_speed = ("packed GB/s", "memory GB/s", "share")
     header("out x in, batch", "weights", "packed", "float32", "bfloat16", "x float32", "x bfloat16", *columns_of_speed)
     for (rows, columns), batch in itertools.product(SHAPES, BATCHES):
@@ -253,7 +255,9 @@ def main() -> None:
     if device == "cpu":
         print(f"torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
         load = f"load average before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores"
-        print(f"{options.threads} threads, wall time; {load}; beyond the caches: {beyond_caches() / 2**20:.0f} MB")
+        print(
+            f"{options.threads} threads, wall time; {load}; beyond the caches: {beyond_caches(device) / 2**20:.0f} MB"
+        )
     else:
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, TF32 off")
     print(f"bit_linear: {chosen.name}: {chosen.reason}")

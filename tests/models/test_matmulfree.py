@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from torch.testing import assert_close
 import zoo
 from zoo.families.matmulfree import FAMILY, MatMulFreeConfig
 from zoo.layers import pack_bit_linears
+from zoo.models.matmulfree import MatMulFreeBlock
 from zoo.ops.bit_linear import choose, cpu
 from zoo.pretrained.convert import convert_state_dict, to_authors
 
@@ -165,25 +168,40 @@ def test_longer_than_it_was_trained(case: dict[str, Any]) -> None:
     assert_close(torch.cat(parts, 1), case["outputs"]["logits"], atol=1e-4, rtol=0)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("width", "rows", "threads"), [(200, 3, 1), (512, 1, 3), (512, 24, 2)])
-def test_packed_steps_are_those_of_the_operators(
-    width: int, rows: int, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One call of C++ for all blocks and a token, and the same token through each operator, bit by bit."""
+def packed_model(**sizes: int) -> Any:
+    """Three packed blocks of random weights."""
     if not cpu.EXTENSION.ready:
         choose(torch.device("cpu"))  # builds it
     if not cpu.EXTENSION.ready:
         pytest.skip("no C++ kernel here")
     torch.manual_seed(0)
-    model: Any = zoo.create_model("matmulfree_2m", hidden_size=width, num_hidden_layers=3).eval()
-    model.model.lower_bounds.normal_()
-    for norm in (module for module in model.modules() if isinstance(module, nn.RMSNorm)):
-        norm.weight.uniform_(0.5, 1.5)
-    pack_bit_linears(model)
+    model: Any = zoo.create_model("matmulfree_2m", num_hidden_layers=3, **sizes).eval()
+    with torch.no_grad():
+        model.model.lower_bounds.normal_()
+        for norm in (module for module in model.modules() if isinstance(module, nn.RMSNorm)):
+            norm.weight.uniform_(0.5, 1.5)
+    return pack_bit_linears(model)
+
+
+def spied_steps(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
+    """Gets the arguments of each call of C++ for a token from now on."""
     called: list[Any] = []
     one_call = cpu.matmulfree_step
-    monkeypatch.setattr(cpu, "matmulfree_step", lambda *args: called.append(args) or one_call(*args))
+    monkeypatch.setattr(cpu, "matmulfree_step", lambda *args: called.append(args) or one_call(*args, **options))
+    return called
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operators", [False, True])
+@pytest.mark.parametrize(
+    ("width", "mlp", "rows", "threads"), [(200, 250, 3, 1), (6, 5, 2, 1), (512, 1536, 1, 3), (512, 1501, 24, 3)]
+)
+def test_packed_steps_are_those_of_the_operators(
+    width: int, mlp: int, rows: int, threads: int, operators: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call of C++ for all blocks and a token, and the same token through each operator, bit by bit."""
+    model = packed_model(hidden_size=width, intermediate_size=mlp)
+    called = spied_steps(monkeypatch, operators=operators)
     tokens = torch.randint(256, (rows, 30))
 
     def steps() -> tuple[torch.Tensor, Any]:
@@ -208,3 +226,73 @@ def test_packed_steps_are_those_of_the_operators(
     called.clear()
     assert torch.equal(steps()[0], fast)
     assert not called, "what the environment forces is what runs"
+
+
+class Wrapper(nn.Module):
+    """As a compiler or a sharding library puts around a block."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+class OwnBlock(MatMulFreeBlock):
+    def forward(self, *args: Any) -> Any:
+        x, state = super().forward(*args)
+        return 2 * x, state
+
+
+def wrap(model: Any) -> None:
+    model.model.layers[1] = Wrapper(model.model.layers[1])
+
+
+def subclass(model: Any) -> None:
+    model.model.layers[1].__class__ = OwnBlock
+
+
+def replace_forward(model: Any) -> None:
+    layer = model.model.layers[2].mlp.down_proj
+    layer.forward = partial(type(layer).forward, layer)
+
+
+def replace_norm(model: Any) -> None:
+    model.model.layers[0].mlp_norm = nn.LayerNorm(model.config.hidden_size)
+
+
+def change_eps(model: Any) -> None:
+    model.model.layers[0].attn.g_norm.eps = 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [wrap, subclass, replace_forward, replace_norm, change_eps])
+def test_what_takes_the_place_of_a_part_runs(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_model(hidden_size=64)
+    called = spied_steps(monkeypatch)
+    tokens = torch.randint(256, (1, 3))
+
+    def last(step: int) -> torch.Tensor:
+        cache = model.make_cache()
+        return [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(step, 1)][-1][:, -1]
+
+    before = last(1)
+    assert len(called) == 2
+    change(model)
+    changed = last(1)
+    assert len(called) == 2
+    assert_close(changed, last(3), atol=1e-4, rtol=0)
+    assert torch.equal(changed, before) == (change in (wrap, replace_forward))
+
+
+@torch.no_grad()
+def test_a_cache_that_lacks_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an interrupt leaves it: that block begins anew."""
+    model = packed_model(hidden_size=64)
+    called = spied_steps(monkeypatch)
+    cache = model.make_cache()
+    model(torch.tensor([[1, 2]]), past_key_values=cache, use_cache=True)
+    del cache.state.tensors[1]
+    assert model(torch.tensor([[3]]), past_key_values=cache, use_cache=True).logits.isfinite().all()
+    assert not called

@@ -153,7 +153,7 @@ class MatMulFreeTrunk(Trunk):
             restart = F.pad(position_ids[:, 1:] == 0, (1, 0)).expand(len(x), -1)[..., None]
         floors = self.floors()
         states = {} if cache is None else cache.tensors
-        if tokens == 1 and states and padding is None and not keep_states:
+        if tokens == 1 and len(states) == len(self.layers) and padding is None and not keep_states:
             stepped = self._step(x[:, 0], floors, [states[number] for number in range(len(self.layers))])
             if stepped is not None:
                 x, after = stepped
@@ -174,12 +174,12 @@ class MatMulFreeTrunk(Trunk):
         """All blocks for one new token of each row in one call of C++, bit by bit the same.
 
         Operators, and Python between them, start for longer than they run: a block's weights have pushed both out of
-        the processor's caches. None where a layer is not packed, something is not on the CPU in float32, or somebody
-        looks on.
+        the processor's caches. None where in any block a layer is not packed or something else than usual, a tensor is
+        not on the CPU in float32, or somebody looks on.
         """
         if (
-            not cpu.EXTENSION.ready
-            or not is_unobserved(x)
+            not is_unobserved(x)
+            or not cpu.EXTENSION.ready
             or choose_bit_linear.forced()
             or choose_scan.forced()
             or any(each.device.type != "cpu" or each.dtype is not torch.float32 for each in (x, floors, *states))
@@ -189,29 +189,50 @@ class MatMulFreeTrunk(Trunk):
         weights: list[Tensor] = []
         epsilons = set()
         for block in self.layers:
-            of: Any = block._modules  # looked up here, as attributes of modules take their time
-            attn, mlp = of["attn"], of["mlp"]
-            layers = [attn._modules[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
-            layers += [mlp._modules["gate_proj"], mlp._modules["down_proj"]]
-            norms = [of["attn_norm"], of["mlp_norm"], attn._modules["g_norm"]]
-            if any(type(layer) is not PackedBitLinear for layer in layers):
+            found = _step_tensors(block)
+            if found is None:
                 return None
-            inner = [layer._modules["norm"] for layer in layers]
-            if any(map(is_hooked, (block, attn, mlp, *layers, *norms))):
-                return None
-            for layer, norm in zip(layers, inner, strict=True):
-                tensors += [layer._buffers["packed"], layer._buffers["scale"], norm._parameters["weight"]]
-            weights += [norm._parameters["weight"] for norm in norms]
-            epsilons |= {(norms[0].eps, inner[0].eps)}
-        floats = (*weights, *tensors[1::3], *tensors[2::3])
-        if (
-            len(epsilons) > 1
-            or any(each.dtype is not torch.float32 for each in floats)
-            or not all(each.is_cpu and each.is_contiguous() for each in (*floats, *tensors[::3]))
-        ):
+            tensors += found[0]
+            weights += found[1]
+            epsilons |= found[2]
+        if len(epsilons) != 1:
             return None
         ((norm_eps, layer_eps),) = epsilons
-        return cpu.matmulfree_step(x, states, floors, tensors, weights, norm_eps, layer_eps)
+        return cpu.matmulfree_step(x, states, floors.contiguous(), tensors, weights, norm_eps, layer_eps)
+
+
+def _step_tensors(block: Any) -> tuple[list[Tensor], list[Tensor], set[tuple[float, float]]] | None:
+    """What ``matmulfree_step`` wants of a block: layers, norms, and each pair of their epsilons.
+
+    None where it could not take the block's place.
+    """
+    if type(block) is not MatMulFreeBlock:
+        return None
+    of: Any = block._modules  # looked up here, as attributes of modules take their time
+    attn, mlp = of["attn"], of["mlp"]
+    if type(attn) is not GatedRecurrence or type(mlp) is not GatedMlp:
+        return None
+    layers: list[Any] = [attn._modules[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
+    layers += [mlp._modules["gate_proj"], mlp._modules["down_proj"]]
+    if any(type(layer) is not PackedBitLinear for layer in layers):
+        return None
+    norms: list[Any] = [of["attn_norm"], of["mlp_norm"], attn._modules["g_norm"]]
+    inner: list[Any] = [layer._modules["norm"] for layer in layers]
+    if any(type(norm) is not nn.RMSNorm for norm in (*norms, *inner)):
+        return None
+    if any(map(is_hooked, (block, attn, mlp, *layers, *norms))):
+        return None
+    weights = [norm._parameters["weight"] for norm in norms]
+    tensors = []
+    for layer, norm in zip(layers, inner, strict=True):
+        tensors += [layer._buffers["packed"], layer._buffers["scale"], norm._parameters["weight"]]
+    floats = (*weights, *tensors[1::3], *tensors[2::3])
+    if any(each is None or each.dtype is not torch.float32 for each in floats):
+        return None
+    if not all(each.is_cpu and each.is_contiguous() for each in (*floats, *tensors[::3])):
+        return None
+    epsilons = {(one.eps, two.eps or 0.0) for one in norms for two in inner}
+    return None if any(eps is None for eps, _ in epsilons) else (tensors, weights, epsilons)  # torch's, by the dtype
 
 
 def _from_hgrn_bit(values: Mapping[str, Any]) -> dict[str, Any]:

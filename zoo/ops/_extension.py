@@ -14,10 +14,10 @@ import torch
 
 from zoo.errors import reason
 
-# The instruction sets that torch itself chooses between at run time, and what its vectors are to be compiled for.
+# The instruction sets that torch itself chooses between at run time.
 _FLAGS = {
-    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-DCPU_CAPABILITY_AVX512"],
-    "AVX2": ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY_AVX2"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
 
 _logger = logging.getLogger(__name__)

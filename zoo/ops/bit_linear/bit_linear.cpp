@@ -9,6 +9,15 @@
 //
 // For a batch, a block of packed rows that fits the second cache meets all tokens, a few at a time, before the next one.
 
+// What torch's vectors are compiled for; without Sleef, which their functions come from, for nothing in particular.
+#if __has_include(<sleef.h>)
+#if defined(__AVX512F__)
+#define CPU_CAPABILITY_AVX512
+#elif defined(__AVX2__)
+#define CPU_CAPABILITY_AVX2
+#endif
+#endif
+
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/core/Tensor.h>
@@ -28,6 +37,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && !defined(ZOO_PORTABLE)
@@ -454,8 +464,8 @@ struct Layer {
         unit(*scale.const_data_ptr<float>()), norm_weight(norm_weight.const_data_ptr<float>()), out(out) {}
 };
 
-// BitLinears of the same token x [columns], one after the other, so that threads are woken once. Each thread quantises it
-// for itself, since waiting for another to do so takes longer.
+// BitLinears of the same token x [columns], one after the other, so that threads are woken once. Each thread quantises
+// it for itself, since waiting for another to do so takes longer.
 void multiply_token(const Kernels& k, at::ArrayRef<Layer> layers, const float* x, int64_t columns, float eps) {
   int64_t total = 0;
   for (const Layer& layer : layers) total += layer.packed_rows;
@@ -530,8 +540,8 @@ OptionalTensor packed_bit_linear_at_once(const Tensor& x, const Tensor& packed, 
 }
 
 // What a block computes besides its products, bit by bit as torch's operators do, since a difference in the last bit may
-// give an activation another code. Not by those operators: a block's weights push their code out of the caches, after which
-// each takes 5 to 20 us for what takes less than one. Whether it does come out the same is found out once.
+// give an activation another code. Not by those operators: a block's weights push their code out of the caches, after
+// which each takes 5 to 20 us for what takes less than one. Whether the same comes out is found out once.
 
 using at::vec::Vectorized;
 
@@ -599,54 +609,75 @@ void sigmoid_as_torch(float* x, int64_t n) {
 
 bool is_as_torch() {
   static const bool found = [] {
-    for (const int64_t n : {3, 64, 200, 1000, 1024, 2048, 2560, 2816, 5632, 6912, 30000}) {
-      Tensor x = at::empty({n}, at::kFloat);
+    for (const int64_t n : {9, 64, 200, 1000, 1024, 2048, 2560, 2816, 5632, 6912, 30000}) {
+      const Tensor x = at::empty({n}, at::kFloat);
       float* data = x.data_ptr<float>();
       for (int64_t k = 0; k < n; ++k) data[k] = 12.0f * std::sin(float(k * k % 9973)) + 1e-3f * float(k % 7);
-      Tensor silu = x.clone(), sigmoid = x.clone();
+      const Tensor silu = x.clone(), sigmoid = x.clone(), means = x.repeat({3, 1}).mean(-1);
       silu_as_torch(silu.data_ptr<float>(), n), sigmoid_as_torch(sigmoid.data_ptr<float>(), n);
       if (!at::equal(silu, at::silu(x)) || !at::equal(sigmoid, x.sigmoid())) return false;
-      const Tensor sums = x.repeat({3, 1}).sum(-1);
       for (int64_t row = 0; row < 3; ++row)
-        if (sums.const_data_ptr<float>()[row] != sum_as_torch(data, n)) return false;
+        if (means.const_data_ptr<float>()[row] != sum_as_torch(data, n) / float(n)) return false;
     }
     return true;
   }();
   return found;
 }
 
-Tensor view_of(float* x, int64_t n) { return at::from_blob(x, {n}, at::kFloat); }
-
-void silu(float* x, int64_t n) {
-  if (n <= kUndivided && is_as_torch()) return silu_as_torch(x, n);
-  view_of(x, n).copy_(at::silu(view_of(x, n)));
+Tensor view_of(float* x, int64_t rows, int64_t columns, int64_t stride) {
+  return at::from_blob(x, {rows, columns}, {stride, 1}, at::kFloat);
 }
 
-void sigmoid(float* x, int64_t n) {
-  if (n <= kUndivided && is_as_torch()) return sigmoid_as_torch(x, n);
-  view_of(x, n).sigmoid_();
+// In what follows, `quick` is without torch's operators where that is known to be the same.
+
+void silu(float* x, int64_t n, bool quick) {
+  if (quick && n <= kUndivided) return silu_as_torch(x, n);
+  const Tensor view = view_of(x, 1, n, n);
+  view.copy_(at::silu(view));
+}
+
+void sigmoid(float* x, int64_t n, bool quick) {
+  if (quick && n <= kUndivided) return sigmoid_as_torch(x, n);
+  view_of(x, 1, n, n).sigmoid_();
+}
+
+// silu(gate) * value of each token's [gate, value], twice `columns` in a row; torch's silu takes the rows one by one.
+void gated(float* both, int64_t tokens, int64_t columns, float* out, bool quick) {
+  if (quick && tokens * columns <= kUndivided) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::copy_n(both + 2 * t * columns, columns, out + t * columns);
+      silu_as_torch(out + t * columns, columns);
+    }
+  } else {
+    view_of(out, tokens, columns, columns).copy_(at::silu(view_of(both, tokens, columns, 2 * columns)));
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < columns; ++k) out[t * columns + k] *= both[(2 * t + 1) * columns + k];
 }
 
 // x / sqrt(mean(x^2) + eps) * weight of each token.
-void rms_norm(const float* x, const float* weight, float eps, int64_t tokens, int64_t columns, float* out) {
+void rms_norm(const float* x, const float* weight, float eps, int64_t tokens, int64_t columns, float* out, bool quick) {
+  for (int64_t n = 0; n < tokens * columns; ++n) out[n] = x[n] * x[n];
+  quick = quick && columns >= kSumLanes && columns < kUndivided;
+  const Tensor means = quick ? Tensor() : view_of(out, tokens, columns, columns).mean(-1);
   for (int64_t t = 0; t < tokens; ++t, x += columns, out += columns) {
-    for (int64_t k = 0; k < columns; ++k) out[k] = x[k] * x[k];
-    const bool quick = columns < kUndivided && is_as_torch();
-    const float sum = quick ? sum_as_torch(out, columns) : view_of(out, columns).sum().item<float>();
-    const float inverse = 1.0f / std::sqrt(sum / float(columns) + eps);
+    const float mean = quick ? sum_as_torch(out, columns) / float(columns) : means.const_data_ptr<float>()[t];
+    const float inverse = 1.0f / std::sqrt(mean + eps);
     for (int64_t k = 0; k < columns; ++k) out[k] = x[k] * inverse * weight[k];
   }
 }
 
-// Blocks of MatMul-free LM for one new token of each row, as MatMulFreeBlock.forward computes them, with packed layers: in
-// one call, since starting some thirty operators for each takes longer than they do.
+// Blocks of MatMul-free LM for one new token of each row, as MatMulFreeBlock.forward computes them, with packed layers:
+// in one call, since starting some thirty operators for each takes longer than they do.
 //
-// x is [B, D]; so are the states, one for each block; floors is [L, D]. Of each of a block's i_proj, f_proj, g_proj, o_proj,
-// gate_proj and down_proj there are the packed weights, the scale and the norm's weight; norms are those of the two
-// mixers' inputs and of the gate. Gives the last block's output and the states after the token.
+// x is [B, D]; so are the states, one for each block; floors is [L, D]. Of each of a block's i_proj, f_proj, g_proj,
+// o_proj, gate_proj and down_proj there are the packed weights, the scale and the norm's weight; norms are those of the
+// two mixers' inputs and of the gate. Gives the last block's output and the states after the token. `operators`: all but
+// the products by torch's operators, to compare with.
 std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::TensorList states, const Tensor& floors,
                                                         at::TensorList layers, at::TensorList norms, double norm_eps,
-                                                        double layer_eps) {
+                                                        double layer_eps, bool operators) {
+  const bool quick = !operators && is_as_torch();
   const int64_t blocks = states.size(), tokens = x.size(0), width = x.size(1), numbers = x.numel();
   TORCH_CHECK(int64_t(layers.size()) == 18 * blocks && int64_t(norms.size()) == 3 * blocks,
               "matmulfree_step: expected six layers and three norms for each of ", blocks, " blocks");
@@ -676,15 +707,15 @@ std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::Ten
       const Tensor& weight = norms[3 * block + i];
       TORCH_CHECK(is_float(weight) && weight.is_contiguous() && weight.numel() == width, "matmulfree_step: norm ", i,
                   " of block ", block, " does not fit");
-      rms_norm(input, weight.const_data_ptr<float>(), float(norm_eps), tokens, width, target);
+      rms_norm(input, weight.const_data_ptr<float>(), float(norm_eps), tokens, width, target, quick);
     };
     const Tensor state_before = states[block].contiguous();
     TORCH_CHECK(is_float(state_before) && state_before.sizes() == x.sizes(), "matmulfree_step: the state of block ",
                 block, " does not fit");
     norm(0, stream, mixed);
     multiply({layer(0, width, value), layer(1, width, forget), layer(2, width, gate)}, mixed, width);
-    silu(value, numbers);
-    sigmoid(forget, numbers);
+    silu(value, numbers, quick);
+    sigmoid(forget, numbers, quick);
     after.push_back(at::empty_like(state_before));
     float* state = after.back().data_ptr<float>();
     const float *before = state_before.const_data_ptr<float>(), *low = floors.const_data_ptr<float>() + block * width;
@@ -693,17 +724,14 @@ std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::Ten
       state[n] = kept * before[n] + value[n] * (1.0f - kept);
     }
     std::copy(state, state + numbers, value);
-    silu(value, numbers);
+    silu(value, numbers, quick);
     norm(2, gate, mixed);
     for (int64_t n = 0; n < numbers; ++n) mixed[n] *= value[n];
     multiply(layer(3, width, y), mixed, width);
     for (int64_t n = 0; n < numbers; ++n) y[n] += stream[n];
     norm(1, y, mixed);
     multiply(layer(4, 2 * mlp, both), mixed, width);
-    for (int64_t t = 0; t < tokens; ++t) std::copy_n(both + 2 * t * mlp, mlp, hidden + t * mlp);
-    silu(hidden, tokens * mlp);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t n = 0; n < mlp; ++n) hidden[t * mlp + n] *= both[(2 * t + 1) * mlp + n];
+    gated(both, tokens, mlp, hidden, quick);
     multiply(layer(5, width, stream), hidden, mlp);
     for (int64_t n = 0; n < numbers; ++n) stream[n] += y[n];
   }
@@ -786,7 +814,7 @@ TORCH_LIBRARY_FRAGMENT(zoo_cpu, library) {
       &packed_bit_linear_at_once);
   library.def(
       "matmulfree_step(Tensor x, Tensor[] states, Tensor floors, Tensor[] layers, Tensor[] norms, float norm_eps, "
-      "float layer_eps) -> (Tensor, Tensor[])",
+      "float layer_eps, bool operators=False) -> (Tensor, Tensor[])",
       &matmulfree_step);
   library.def("quantise_activations(Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor)", &quantise_activations);
   library.def("packed_product(Tensor codes, Tensor packed, int rows, int kernels=0) -> Tensor", &packed_product);

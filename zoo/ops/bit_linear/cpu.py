@@ -48,6 +48,7 @@ def matmulfree_step(
     norms: Sequence[Tensor],
     norm_eps: float,
     layer_eps: float,
+    operators: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """L blocks of MatMul-free LM for one new token of each row; all is float32 on the CPU, but packed weights.
 
@@ -60,8 +61,10 @@ def matmulfree_step(
         norms: Weights of each block's token mixer's, channel mixer's and gate's norm, contiguous.
         norm_eps: Of those.
         layer_eps: Of the layers' norms.
+        operators: Compute all but the products by torch's operators, which is slower and should be the same.
 
     Returns:
         What the last block makes of ``x``, and the states after the token.
     """
-    return torch.ops.zoo_cpu.matmulfree_step.default(x, states, floors, layers, norms, norm_eps, layer_eps)
+    step = torch.ops.zoo_cpu.matmulfree_step.default
+    return step(x, states, floors, layers, norms, norm_eps, layer_eps, operators)
