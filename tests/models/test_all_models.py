@@ -52,7 +52,8 @@ def test_no_images_have_no_logits(name: str) -> None:
 
 
 def test_backward_reaches_every_parameter(name: str, randomise: Callable) -> None:
-    model = randomise(zoo.create_model(name, num_classes=7)).train()
+    # With stochastic depth a block may be left out for all the pictures, by chance.
+    model = randomise(zoo.create_model(name, num_classes=7, drop_path_rate=0.0)).train()
     model(images()).square().mean().backward()
     idle = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not idle
