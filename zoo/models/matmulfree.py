@@ -231,8 +231,10 @@ def _step_tensors(block: Any) -> tuple[list[Tensor], list[Tensor], set[tuple[flo
         return None
     if not all(each.is_cpu and each.is_contiguous() for each in (*floats, *tensors[::3])):
         return None
-    epsilons = {(one.eps, two.eps or 0.0) for one in norms for two in inner}
-    return None if any(eps is None for eps, _ in epsilons) else (tensors, weights, epsilons)  # torch's, by the dtype
+    outer_eps = {norm.eps for norm in norms}
+    if None in outer_eps:  # torch's own, by the dtype
+        return None
+    return tensors, weights, {(one, two.eps or 0.0) for one in outer_eps for two in inner}
 
 
 def _from_hgrn_bit(values: Mapping[str, Any]) -> dict[str, Any]:
