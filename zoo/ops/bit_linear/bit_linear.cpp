@@ -51,7 +51,6 @@
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kAlign = 64;             // activations of a token are padded with zeros to a multiple of this
 constexpr int64_t kBlockBytes = 96 * 1024;  // of packed weights that all tokens meet in turn
@@ -531,8 +530,8 @@ Tensor packed_bit_linear(const Tensor& x_, const Tensor& packed_, const Tensor& 
 
 // The same, or nothing where tensors must be cast or refused, or the environment asks for an implementation: what decides
 // that in Python takes longer than a third of a small product.
-OptionalTensor packed_bit_linear_at_once(const Tensor& x, const Tensor& packed, const Tensor& scale,
-                                         const Tensor& norm_weight, int64_t rows, double eps) {
+std::optional<Tensor> packed_bit_linear_at_once(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                                const Tensor& norm_weight, int64_t rows, double eps) {
   const char* forced = std::getenv("ZOO_BIT_LINEAR");
   if ((forced && *forced) || !fits(x, packed, scale, norm_weight, rows))
     return std::nullopt;
