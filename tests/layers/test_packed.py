@@ -129,7 +129,7 @@ def test_takes_over_the_activation(act: nn.Module, side: int) -> None:
 
 
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS], ids=lambda act: type(act).__name__)
-@pytest.mark.parametrize("width", [40, 2**14], ids=["BLAS", "oneDNN"])
+@pytest.mark.parametrize("width", [40, 2**18], ids=["BLAS", "oneDNN"])
 def test_linear(width: int, act: nn.Module | None) -> None:
     torch.manual_seed(0)
     plain, x = nn.Linear(24, width), torch.randn(2, 7, 24)
@@ -141,11 +141,32 @@ def test_linear(width: int, act: nn.Module | None) -> None:
                 assert_close(packed(inputs), follow(plain(inputs)))
             plain.weight.mul_(2)
             packed.weight.mul_(2)
-        assert packed._packed[4] == (width == 2**14)  # whether by oneDNN
+        assert packed._packed[4] == (width == 2**18)  # whether by oneDNN
         assert copy.deepcopy(packed)._packed is None
         assert_close(torch.jit.script(packed)(x), follow(plain(x)))
     packed(x).sum().backward()
     assert packed.weight.grad is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("act", [None, nn.GELU()])
+@pytest.mark.parametrize("width", [40, 2**18], ids=["BLAS", "oneDNN"])
+def test_a_linear_layer_adds_to_what_is_there(width: int, act: nn.Module | None, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain, x = nn.Linear(24, width, bias=bias), torch.randn(14, 24)
+    packed = PackedLinear.of(plain, act)
+    total = torch.randn(14, width)
+    expected = total + (act or nn.Identity())(plain(x))
+    first = total.clone()
+    assert packed.add_to(first, x) is first
+    assert_close(first, expected)
+    assert torch.equal(packed.add_to(total.clone(), x), first), "packed or not, the same bits"
+    outputs: list[torch.Tensor] = []
+    packed.register_forward_hook(lambda _, args, output: outputs.append(output))
+    assert_close(packed.add_to(total, x), expected)
+    assert packed.run(x) is not outputs[-1]
+    assert_close(outputs[0], outputs[1])
 
 
 def test_an_activation_that_onednn_has_not_stays() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -146,7 +147,7 @@ def test_hooks_on_fused_models_are_called(randomise: Callable) -> None:
             module.register_forward_hook(lambda *_, name=name: called.append(name))
             for name, module in fused.named_modules()
         ]
-        assert torch.equal(fused(images(64)), expected)
+        assert_same(fused(images(64)), expected)
         assert names <= set(called)
         assert len(called) == len(set(called))
         for handle in handles:
@@ -156,6 +157,38 @@ def test_hooks_on_fused_models_are_called(randomise: Callable) -> None:
         assert_same(fused(images(64)), expected)
         everywhere.remove()
         assert called.count(zoo.layers.PackedLinear) > 40
+
+
+@torch.no_grad()
+def test_what_hooks_on_fused_models_hold_is_not_written_over(randomise: Callable) -> None:
+    fused = randomise(zoo.create_model("efficientmod_xxs")).fuse()
+    seen: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def remember(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, *, name: str) -> None:
+        seen.extend((name, x, x.clone()) for x in (*args, output))
+
+    for name, module in fused.named_modules():
+        handle = module.register_forward_hook(partial(remember, name=name))
+        fused(images(64))  # by itself, so that what is around it goes the short way
+        handle.remove()
+    for name, module in fused.named_modules():
+        module.register_forward_hook(partial(remember, name=name))
+    fused(images(64))
+    assert len(seen) > 400
+    assert not [name for name, now, then in seen if not torch.equal(now, then)]
+
+
+@torch.no_grad()
+def test_the_first_call_of_a_fused_model_is_as_the_next_and_leaves_its_input(randomise: Callable) -> None:
+    fused = randomise(zoo.create_model("efficientmod_xxs")).fuse()
+    x = images(64).to(memory_format=torch.channels_last)
+    kept = x.clone()
+    assert torch.equal(fused(x), fused(x))
+    maps = torch.randn(1, 32, 16, 16).to(memory_format=torch.channels_last)
+    for part, x in ((fused.stages[0], maps), (fused.stages[0].blocks[0], maps.permute(0, 2, 3, 1)), (fused, kept)):
+        before = x.clone()
+        assert torch.equal(part(x), part(x))
+        assert torch.equal(x, before)
 
 
 def test_stochastic_depth_rises_over_both_kinds_of_blocks() -> None:

@@ -14,14 +14,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from zoo.layers.linear import PointLinear
 
-# Calling oneDNN costs 10 to 30 microseconds more than calling BLAS, and gives more speed. That pays from about this
-# many multiply-accumulates on; from half as many for a linear layer with an activation, which then takes no pass of its
-# own; and from this many numbers in the weight of a linear layer, however few the rows. With AVX2 alone, and on Intel's
+# Calling oneDNN costs 10 to 50 microseconds more than calling BLAS, and gives more speed. That pays from about this
+# many multiply-accumulates on; from fewer for a linear layer with an activation, which then takes no pass of its own;
+# and from this many numbers in the weight of a linear layer, however few the rows. With AVX2 alone, and on Intel's
 # processors with AMX, for which its MKL is written, oneDNN is no faster than BLAS at matrix products that leave BLAS
-# little to rearrange, and pays later.
+# little to rearrange, and pays later; with AMX never for few rows.
 _MIN_MACS = 2e6
-_BLAS_IS_QUICK = torch.backends.cpu.get_cpu_capability() == "AVX2" or torch.cpu._is_amx_tile_supported()
-_MIN_LINEAR_MACS = 2.5e7 if _BLAS_IS_QUICK else _MIN_MACS
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
+_MIN_LINEAR_MACS = 5e7 if _HAS_AMX else 2.5e7 if torch.backends.cpu.get_cpu_capability() == "AVX2" else _MIN_MACS
+_MIN_ACTIVATED_MACS = 1.25e7 if _HAS_AMX else _MIN_LINEAR_MACS / 2
 _MIN_LINEAR_NUMEL = 2**18
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.GELU: "gelu", nn.Hardswish: "hardswish", nn.SiLU: "swish"}  # oneDNN's names
@@ -176,26 +177,49 @@ class PackedLinear(nn.Linear):
 
     @torch.jit.unused
     def run(self, input: Tensor) -> Tensor:
-        """A forward pass in which :func:`is_plain_inference` is not asked again; hooks are called."""
-        return self(input) if is_hooked(self) else self._run(input)
+        """A forward pass in which :func:`is_plain_inference` is not asked again; hooks are called.
+
+        Who calls it may write over the result: no hook holds that tensor.
+        """
+        return self(input).clone() if is_hooked(self) else self._run(input)
+
+    @torch.jit.unused
+    def add_to(self, total: Tensor, input: Tensor) -> Tensor:
+        """``total += layer(input)``, ``[N, Cout]`` and ``[N, Cin]``, with the checks of :meth:`run`; returns ``total``.
+
+        BLAS adds to what it finds. A linear layer by itself has to fill its output with the bias before.
+        """
+        if is_hooked(self):
+            return total.add_(self(input))
+        by_onednn, packed = self._pack(len(input))
+        if by_onednn or self.act != "none":
+            return total.add_(self._run(input))
+        total.addmm_(input, packed.t())
+        bias = self._parameters["bias"]
+        return total if bias is None else total.add_(bias)
 
     @torch.jit.unused
     def _run(self, input: Tensor) -> Tensor:
-        weight, rows, found = self._parameters["weight"], input.numel() // input.shape[-1], self._packed
+        by_onednn, packed = self._pack(input.numel() // input.shape[-1])
+        bias = self._parameters["bias"]
+        if by_onednn:
+            algorithm = "none" if self.act == "gelu" else ""
+            return _onednn_linear(input, packed, bias, self.act, (), algorithm)
+        y = F.linear(input, packed, bias)
+        return y if self.act == "none" else _ACTIVATE_IN_PLACE[self.act](y)
+
+    def _pack(self, rows: int) -> tuple[bool, Tensor]:
+        """Whether oneDNN multiplies so many rows, rather than BLAS, and the weight as it wants it; kept."""
+        weight, found = self._parameters["weight"], self._packed
         assert weight is not None
         key = _key(weight, rows)
         if found is None or found[:4] != key:
             held = weight.detach()
-            pays = rows * held.numel() >= (_MIN_LINEAR_MACS if self.act == "none" else _MIN_LINEAR_MACS / 2)
-            pays = pays or held.numel() >= _MIN_LINEAR_NUMEL
+            pays = rows * held.numel() >= (_MIN_LINEAR_MACS if self.act == "none" else _MIN_ACTIVATED_MACS)
+            pays = pays or (not _HAS_AMX and held.numel() >= _MIN_LINEAR_NUMEL)
             copy = _reorder_linear(held, rows) if pays else held.t().contiguous().t()
             found = self._packed = (*key, pays, copy, held)
-        bias = self._parameters["bias"]
-        if not found[4]:
-            y = F.linear(input, found[5], bias)
-            return y if self.act == "none" else _ACTIVATE_IN_PLACE[self.act](y)
-        algorithm = "none" if self.act == "gelu" else ""
-        return _onednn_linear(input, found[5], bias, self.act, (), algorithm)
+        return found[4], found[5]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"

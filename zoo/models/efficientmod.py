@@ -130,6 +130,13 @@ class AttentionBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def run_norm(norm: nn.Module, rows: Tensor) -> Tensor:
+    """``norm(rows)``, where the rows are written over later; a hook sees a copy of them."""
+    if type(norm) is nn.LayerNorm and not is_hooked(norm):
+        return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return norm(rows.clone())
+
+
 class FusedBlock(nn.Module):
     """A block for inference, ``[B, H, W, dim] -> [B, H, W, dim]``: its layers side by side, each activation in one.
 
@@ -141,7 +148,7 @@ class FusedBlock(nn.Module):
             return self._compute(x)
         else:  # TorchScript does not compile this branch
             if is_plain_inference(x, x):
-                return self._run(x.flatten(0, 2), x.shape).view(x.shape)
+                return self._run(x.flatten(0, 2).clone(), x.shape).view(x.shape)
             return self._compute(x)
 
     @torch.jit.unused
@@ -149,10 +156,10 @@ class FusedBlock(nn.Module):
         """A forward pass in which :func:`is_plain_inference` is not asked again; hooks are called.
 
         Args:
-            rows: ``[B * H * W, dim]``, as is what it returns.
+            rows: ``[B * H * W, dim]``, as is what it returns, in their place; no hook holds either.
             shape: ``[B, H, W, dim]``.
         """
-        return self(rows.view(shape)).flatten(0, 2) if is_hooked(self) else self._run(rows, shape)
+        return self(rows.view(shape)).flatten(0, 2).clone() if is_hooked(self) else self._run(rows, shape)
 
     def _run(self, rows: Tensor, shape: torch.Size) -> Tensor:
         raise NotImplementedError
@@ -180,12 +187,12 @@ class FusedModulationBlock(FusedBlock):
     def _run(self, rows: Tensor, shape: torch.Size) -> Tensor:
         layers: Any = self._modules.values()
         norm, f, conv, g, fc1, fc2 = layers
-        normed = norm(rows)
+        normed = run_norm(norm, rows)
         context = conv.run(f.run(normed).view(shape).permute(0, 3, 1, 2))
         context = g.run(context.permute(0, 2, 3, 1).flatten(0, 2))
         values = fc1.run(normed)
         values.view(len(rows), self.ratio, -1).mul_(context.unsqueeze(1))
-        return fc2.run(values).add_(rows)
+        return fc2.add_to(rows, values)
 
     def _compute(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
@@ -211,9 +218,9 @@ class FusedAttentionBlock(FusedBlock):
     def _run(self, rows: Tensor, shape: torch.Size) -> Tensor:
         layers: Any = self._modules.values()
         norm1, qkv, proj, norm2, fc1, fc2 = layers
-        y = attend(qkv.run(norm1(rows)).view(shape[0], shape[1] * shape[2], 3, self.num_heads, self.head_dim))
-        rows = proj.run(y.flatten(0, 1)).add_(rows)
-        return fc2.run(fc1.run(norm2(rows))).add_(rows)
+        y = attend(qkv.run(run_norm(norm1, rows)).view(shape[0], shape[1] * shape[2], 3, self.num_heads, self.head_dim))
+        proj.add_to(rows, y.flatten(0, 1))
+        return fc2.add_to(rows, fc1.run(run_norm(norm2, rows)))
 
     def _compute(self, x: Tensor) -> Tensor:
         B, H, W, _ = x.shape
@@ -252,7 +259,7 @@ class ChannelsLastStage(Stage):
 
     @torch.jit.unused
     def _run_blocks(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 2)
+        rows = x.flatten(0, 2).clone()
         for block in self.blocks:
             rows = block.run(rows, x.shape)  # type: ignore[operator]
         return rows.view(x.shape)
