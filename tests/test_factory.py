@@ -241,7 +241,7 @@ def test_weights_need_a_real_device(file: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "gpu"}, "Device 'gpu' cannot be used here"),
+        ({"device": "gpu"}, "Device 'gpu' cannot be used here: PyTorch knows no such device; expected 'cpu'"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected a floating point torch.dtype"),
         ({"dtype": torch.int8}, "dtype is torch.int8"),
     ],

@@ -57,7 +57,12 @@ def check_device(device: str | torch.device | None) -> None:
     try:
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError(f"Device {str(device)!r} cannot be used here: {reason(error)}.") from error
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        there = "'cpu'" + (f" or {accelerator.type!r}" if accelerator else "")
+        why = reason(error).partition(". ")[0]
+        if why.startswith("Expected one of"):  # every kind of device that PyTorch has heard of
+            why = "PyTorch knows no such device"
+        raise ConfigError(f"Device {str(device)!r} cannot be used here: {why}; expected {there}.") from error
 
 
 def create_model(
