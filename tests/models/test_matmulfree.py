@@ -1,5 +1,6 @@
 """MatMul-free LM: equal to the authors' code, and what is special to a recurrence."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.families.matmulfree import FAMILY, MatMulFreeConfig
-from zoo.layers import pack_bit_linears
+from zoo.layers import BitLinear, PackedBitLinear, pack_bit_linears
 from zoo.models.matmulfree import MatMulFreeBlock
 from zoo.ops.bit_linear import choose, cpu
 from zoo.pretrained.convert import convert_state_dict, to_authors
@@ -266,8 +267,19 @@ def change_eps(model: Any) -> None:
     model.model.layers[0].attn.g_norm.eps = 1e-3
 
 
+def hook_everything(model: Any) -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    model.remove_hooks = handle.remove
+
+
+def half_a_norm(model: Any) -> None:
+    model.model.layers[1].mlp_norm.bfloat16()
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change", [wrap, subclass, replace_forward, replace_norm, change_eps])
+@pytest.mark.parametrize(
+    "change", [wrap, subclass, replace_forward, replace_norm, change_eps, hook_everything, half_a_norm]
+)
 def test_what_takes_the_place_of_a_part_runs(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed_model(hidden_size=64)
     called = spied_steps(monkeypatch)
@@ -280,10 +292,72 @@ def test_what_takes_the_place_of_a_part_runs(change: Callable[[Any], None], monk
     before = last(1)
     assert len(called) == 2
     change(model)
-    changed = last(1)
+    try:
+        changed, whole = last(1), last(3)
+    finally:
+        getattr(model, "remove_hooks", lambda: None)()
     assert len(called) == 2
-    assert_close(changed, last(3), atol=1e-4, rtol=0)
-    assert torch.equal(changed, before) == (change in (wrap, replace_forward))
+    assert_close(changed, whole, atol=1e-4, rtol=0)
+    assert torch.equal(changed, before) == (change in (wrap, replace_forward, hook_everything))
+
+
+def new_floors(model: Any) -> None:
+    model.model.lower_bounds.normal_()
+
+
+def other_floors(model: Any) -> None:
+    model.model.lower_bounds = nn.Parameter(torch.randn_like(model.model.lower_bounds))
+
+
+def other_data(model: Any) -> None:
+    model.model.lower_bounds.data = torch.randn_like(model.model.lower_bounds)
+
+
+def new_layer(model: Any) -> None:
+    layer = model.model.layers[1].attn.g_proj
+    model.model.layers[1].attn.g_proj = PackedBitLinear.of(BitLinear(layer.in_features, layer.out_features))
+
+
+def new_weights(model: Any) -> None:
+    model.model.layers[2].mlp.gate_proj.packed.fill_(0b10_00_01_10)
+
+
+def other_weights(model: Any) -> None:
+    layer = model.model.layers[2].mlp.gate_proj
+    layer.packed = torch.full_like(layer.packed, 0b10_00_01_10)
+
+
+def one_block_less(model: Any) -> None:
+    model.model.layers = model.model.layers[:2]
+    model.model.lower_bounds = nn.Parameter(model.model.lower_bounds[:2].clone())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", [new_floors, other_floors, other_data, new_layer, new_weights, other_weights, one_block_less]
+)
+def test_steps_follow_what_changes(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept from token to token is not kept past a change, nor by a copy."""
+    model = packed_model(hidden_size=64)
+    called = spied_steps(monkeypatch)
+    tokens = torch.randint(256, (1, 3))
+
+    def last(model: Any, step: int = 1) -> torch.Tensor:
+        cache = model.make_cache()
+        return [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(step, 1)][-1][:, -1]
+
+    before = last(model)
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    change(twin)
+    after = last(twin)
+    assert len(called) == 4
+    assert not torch.equal(after, before)
+    assert_close(after, last(twin, 3), atol=1e-4, rtol=0)
+    assert torch.equal(last(model), before)
+    torch.manual_seed(1)
+    change(model)
+    assert torch.equal(last(model), after)
 
 
 @torch.no_grad()

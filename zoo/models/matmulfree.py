@@ -13,12 +13,14 @@ Differs from it:
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from zoo.errors import ConfigError
 from zoo.families.matmulfree import MatMulFreeConfig
@@ -124,6 +126,7 @@ class MatMulFreeTrunk(Trunk):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(alike(MatMulFreeBlock, config) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self._blocks: _PackedBlocks | None = None
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.lower_bounds)
@@ -151,14 +154,14 @@ class MatMulFreeTrunk(Trunk):
         restart = None
         if position_ids is not None and tokens > 1:  # the first token of a call goes on from the cache
             restart = F.pad(position_ids[:, 1:] == 0, (1, 0)).expand(len(x), -1)[..., None]
-        floors = self.floors()
         states = {} if cache is None else cache.tensors
         if tokens == 1 and len(states) == len(self.layers) and padding is None and not keep_states:
-            stepped = self._step(x[:, 0], floors, [states[number] for number in range(len(self.layers))])
+            stepped = self._step(x[:, 0], [states[number] for number in range(len(self.layers))])
             if stepped is not None:
                 x, after = stepped
                 states.update(enumerate(after))
                 return TrunkOutput(self.norm(x[:, None]))
+        floors = self.floors()
         out = TrunkOutput(x, states=[x] if keep_states else [])
         for number, block in enumerate(self.layers):
             floor = floors[number] if number else None
@@ -170,7 +173,7 @@ class MatMulFreeTrunk(Trunk):
         out.hidden = self.norm(x)
         return out
 
-    def _step(self, x: Tensor, floors: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+    def _step(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
         """All blocks for one new token of each row in one call of C++, bit by bit the same.
 
         Operators, and Python between them, start for longer than they run: a block's weights have pushed both out of
@@ -182,23 +185,78 @@ class MatMulFreeTrunk(Trunk):
             or not cpu.EXTENSION.ready
             or choose_bit_linear.forced()
             or choose_scan.forced()
-            or any(each.device.type != "cpu" or each.dtype is not torch.float32 for each in (x, floors, *states))
+            or any(each.device.type != "cpu" or each.dtype is not torch.float32 for each in (x, *states))
         ):
             return None
-        tensors: list[Tensor] = []
-        weights: list[Tensor] = []
+        if self._blocks is None or not self._blocks.are_those_of(self):
+            self._blocks = _PackedBlocks.of(self)
+        return None if self._blocks is None else self._blocks.step(x, states, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_blocks": None}
+
+
+class _PackedBlocks:
+    """What ``matmulfree_step`` takes of a trunk's blocks, kept from token to token: finding it is an eighth of a step.
+
+    A model's parts may be replaced at any time, and are compared with those that were found.
+    """
+
+    def __init__(self, trunk: MatMulFreeTrunk, layers: list[Tensor], norms: list[Tensor], eps: tuple[float, float]):
+        self.layers, self.norms, self.eps = layers, norms, eps
+        modules: list[Any] = list(trunk.layers.modules())
+        self._modules, self._types = modules, list(map(type, modules))
+        held = [of for module in modules for of in (module._modules, module._parameters, module._buffers)]
+        self._held = [of for of in held if of]
+        self._values = [value for of in self._held for value in of.values()]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+        self._own = [module.__dict__ for module in modules]
+        self._norms = [module for module in modules if type(module) is nn.RMSNorm]
+        self._norms_eps = [norm.eps for norm in self._norms]
+        self._norms_weights: list[Any] = [norm._parameters["weight"] for norm in self._norms]
+        self._floors: Any = (None, None, None)  # what they were made of, held so that its address stays its own
+
+    @classmethod
+    def of(cls, trunk: MatMulFreeTrunk) -> "_PackedBlocks | None":
+        """None where one call cannot take the blocks' place."""
+        layers: list[Tensor] = []
+        norms: list[Tensor] = []
         epsilons = set()
-        for block in self.layers:
+        for block in trunk.layers:
             found = _step_tensors(block)
             if found is None:
                 return None
-            tensors += found[0]
-            weights += found[1]
+            layers += found[0]
+            norms += found[1]
             epsilons |= found[2]
-        if len(epsilons) != 1:
+        return cls(trunk, layers, norms, *epsilons) if len(epsilons) == 1 else None
+
+    def are_those_of(self, trunk: MatMulFreeTrunk) -> bool:
+        """Whether the trunk's blocks consist of the same parts, and nobody looks into them."""
+        values = [value for of in self._held for value in of.values()]
+        return (
+            trunk._modules["layers"] is self._modules[0]
+            and len(values) == len(self._values)
+            and all(map(operator.is_, values, self._values))
+            and list(map(type, self._modules)) == self._types
+            and [norm.eps for norm in self._norms] == self._norms_eps
+            and all(weight.dtype is torch.float32 and weight.is_cpu for weight in self._norms_weights)
+            and not any(self._hooks)
+            and not any("forward" in own for own in self._own)
+            and not _has_any_global_hook()
+        )
+
+    def step(self, x: Tensor, states: list[Tensor], trunk: MatMulFreeTrunk) -> tuple[Tensor, list[Tensor]] | None:
+        bounds = trunk.lower_bounds
+        if bounds.dtype is not torch.float32 or not bounds.is_cpu:
             return None
-        ((norm_eps, layer_eps),) = epsilons
-        return cpu.matmulfree_step(x, states, floors.contiguous(), tensors, weights, norm_eps, layer_eps)
+        version = None if bounds.is_inference() else bounds._version
+        made_of, floors, _ = self._floors
+        key = (bounds.data_ptr(), version, torch.get_num_threads())
+        if made_of != key or version is None:
+            floors = trunk.floors().contiguous()
+            self._floors = (key, floors, bounds.detach())
+        return cpu.matmulfree_step(x, states, floors, self.layers, self.norms, *self.eps)
 
 
 def _step_tensors(block: Any) -> tuple[list[Tensor], list[Tensor], set[tuple[float, float]]] | None:
