@@ -58,7 +58,8 @@ def check_device(device: str | torch.device | None) -> None:
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        there = "'cpu'" + (f" or {accelerator.type!r}" if accelerator else "")
+        numbers = range(torch.accelerator.device_count() if accelerator else 0)
+        there = " or ".join(["'cpu'", *(f"'{accelerator.type}:{number}'" for number in numbers if accelerator)])
         why = reason(error).partition(". ")[0]
         if why.startswith("Expected one of"):  # every kind of device that PyTorch has heard of
             why = "PyTorch knows no such device"

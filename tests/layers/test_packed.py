@@ -1,6 +1,7 @@
 """The packed layers are the plain ones, whatever happens to their weights."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -128,11 +129,18 @@ def test_takes_over_the_activation(act: nn.Module, side: int) -> None:
     assert_close(packed(x), expected)  # with gradients: the plain way
 
 
+def choose_onednn(by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let oneDNN multiply whatever it is, or nothing; the choice is by size and processor otherwise."""
+    for name in ("_MIN_LINEAR_MACS", "_MIN_ACTIVATED_MACS", "_MIN_LINEAR_NUMEL"):
+        monkeypatch.setattr(f"zoo.layers.packed.{name}", 0 if by_onednn else math.inf)
+
+
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS], ids=lambda act: type(act).__name__)
-@pytest.mark.parametrize("width", [40, 2**18], ids=["BLAS", "oneDNN"])
-def test_linear(width: int, act: nn.Module | None) -> None:
+@pytest.mark.parametrize("by_onednn", [False, True], ids=["BLAS", "oneDNN"])
+def test_linear(by_onednn: bool, act: nn.Module | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_onednn(by_onednn, monkeypatch)
     torch.manual_seed(0)
-    plain, x = nn.Linear(24, width), torch.randn(2, 7, 24)
+    plain, x = nn.Linear(24, 40), torch.randn(2, 7, 24)
     packed = PackedLinear.of(copy.deepcopy(plain), act)
     follow = act or nn.Identity()
     with torch.no_grad():
@@ -141,7 +149,7 @@ def test_linear(width: int, act: nn.Module | None) -> None:
                 assert_close(packed(inputs), follow(plain(inputs)))
             plain.weight.mul_(2)
             packed.weight.mul_(2)
-        assert packed._packed[4] == (width == 2**18)  # whether by oneDNN
+        assert packed._packed[4] == by_onednn
         assert copy.deepcopy(packed)._packed is None
         assert_close(torch.jit.script(packed)(x), follow(plain(x)))
     packed(x).sum().backward()
@@ -151,16 +159,20 @@ def test_linear(width: int, act: nn.Module | None) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("act", [None, nn.GELU()])
-@pytest.mark.parametrize("width", [40, 2**18], ids=["BLAS", "oneDNN"])
-def test_a_linear_layer_adds_to_what_is_there(width: int, act: nn.Module | None, bias: bool) -> None:
+@pytest.mark.parametrize("by_onednn", [False, True], ids=["BLAS", "oneDNN"])
+def test_a_linear_layer_adds_to_what_is_there(
+    by_onednn: bool, act: nn.Module | None, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose_onednn(by_onednn, monkeypatch)
     torch.manual_seed(0)
-    plain, x = nn.Linear(24, width, bias=bias), torch.randn(14, 24)
+    plain, x = nn.Linear(24, 40, bias=bias), torch.randn(14, 24)
     packed = PackedLinear.of(plain, act)
-    total = torch.randn(14, width)
+    total = torch.randn(14, 40)
     expected = total + (act or nn.Identity())(plain(x))
     first = total.clone()
     assert packed.add_to(first, x) is first
     assert_close(first, expected)
+    assert packed._packed[4] == by_onednn
     assert torch.equal(packed.add_to(total.clone(), x), first), "packed or not, the same bits"
     outputs: list[torch.Tensor] = []
     packed.register_forward_hook(lambda _, args, output: outputs.append(output))

@@ -181,14 +181,22 @@ def test_what_hooks_on_fused_models_hold_is_not_written_over(randomise: Callable
 @torch.no_grad()
 def test_the_first_call_of_a_fused_model_is_as_the_next_and_leaves_its_input(randomise: Callable) -> None:
     fused = randomise(zoo.create_model("efficientmod_xxs")).fuse()
-    x = images(64).to(memory_format=torch.channels_last)
-    kept = x.clone()
-    assert torch.equal(fused(x), fused(x))
-    maps = torch.randn(1, 32, 16, 16).to(memory_format=torch.channels_last)
-    for part, x in ((fused.stages[0], maps), (fused.stages[0].blocks[0], maps.permute(0, 2, 3, 1)), (fused, kept)):
+    kept = images(64).to(memory_format=torch.channels_last)
+
+    def check(part: nn.Module, x: torch.Tensor) -> None:
         before = x.clone()
-        assert torch.equal(part(x), part(x))
+        first = part(x)
+        assert torch.equal(part(x), first)
         assert torch.equal(x, before)
+        assert_same(part(x.contiguous()), first)
+
+    maps = torch.randn(2, 32, 16, 16)
+    channels_last = maps.to(memory_format=torch.channels_last)
+    for x in (kept, kept.contiguous(), kept[..., ::2, 1:]):
+        check(fused, x)
+    for x in (channels_last, channels_last[:1], maps, maps[:1], maps[..., ::2, 1:]):
+        check(fused.stages[0], x)
+        check(fused.stages[0].blocks[0], x.permute(0, 2, 3, 1))
 
 
 def test_stochastic_depth_rises_over_both_kinds_of_blocks() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -185,10 +186,17 @@ def packed_model(**sizes: int) -> Any:
 
 
 def spied_steps(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
-    """Gets the arguments of each call of C++ for a token from now on."""
+    """Gets the arguments of each call of C++ that runs a token from now on."""
     called: list[Any] = []
     one_call = cpu.matmulfree_step
-    monkeypatch.setattr(cpu, "matmulfree_step", lambda *args: called.append(args) or one_call(*args, **options))
+
+    def spy(*args: Any) -> Any:
+        done = one_call(*args, **options)
+        if done is not None:
+            called.append(args)
+        return done
+
+    monkeypatch.setattr(cpu, "matmulfree_step", spy)
     return called
 
 
@@ -272,13 +280,35 @@ def hook_everything(model: Any) -> None:
     model.remove_hooks = handle.remove
 
 
+def new_hooks(model: Any) -> None:
+    norm = model.model.layers[1].mlp_norm
+    norm._forward_hooks = OrderedDict()  # as some take off all hooks
+    norm.register_forward_hook(lambda *_: None)
+
+
 def half_a_norm(model: Any) -> None:
     model.model.layers[1].mlp_norm.bfloat16()
 
 
+def columns_first(model: Any) -> None:
+    layer = model.model.layers[1].attn.o_proj
+    layer.packed.data = layer.packed.t().contiguous().t()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change", [wrap, subclass, replace_forward, replace_norm, change_eps, hook_everything, half_a_norm]
+    "change",
+    [
+        wrap,
+        subclass,
+        replace_forward,
+        replace_norm,
+        change_eps,
+        hook_everything,
+        new_hooks,
+        half_a_norm,
+        columns_first,
+    ],
 )
 def test_what_takes_the_place_of_a_part_runs(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed_model(hidden_size=64)
@@ -298,11 +328,17 @@ def test_what_takes_the_place_of_a_part_runs(change: Callable[[Any], None], monk
         getattr(model, "remove_hooks", lambda: None)()
     assert len(called) == 2
     assert_close(changed, whole, atol=1e-4, rtol=0)
-    assert torch.equal(changed, before) == (change in (wrap, replace_forward, hook_everything))
+    assert torch.equal(changed, before) == (
+        change in (wrap, replace_forward, hook_everything, new_hooks, columns_first)
+    )
 
 
 def new_floors(model: Any) -> None:
     model.model.lower_bounds.normal_()
+
+
+def new_floors_unseen(model: Any) -> None:
+    model.model.lower_bounds.data.normal_()  # raises no version
 
 
 def other_floors(model: Any) -> None:
@@ -334,12 +370,24 @@ def one_block_less(model: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change", [new_floors, other_floors, other_data, new_layer, new_weights, other_weights, one_block_less]
+    "change",
+    [
+        new_floors,
+        new_floors_unseen,
+        other_floors,
+        other_data,
+        new_layer,
+        new_weights,
+        other_weights,
+        one_block_less,
+    ],
 )
 def test_steps_follow_what_changes(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept from token to token is not kept past a change, nor by a copy."""
+    """Floors are kept from token to token, but not past a change, nor by a copy."""
     model = packed_model(hidden_size=64)
     called = spied_steps(monkeypatch)
+    floors, made = type(model.model).floors, []
+    monkeypatch.setattr(type(model.model), "floors", lambda trunk: made.append(trunk) or floors(trunk))
     tokens = torch.randint(256, (1, 3))
 
     def last(model: Any, step: int = 1) -> torch.Tensor:
@@ -347,6 +395,7 @@ def test_steps_follow_what_changes(change: Callable[[Any], None], monkeypatch: p
         return [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(step, 1)][-1][:, -1]
 
     before = last(model)
+    assert len(made) == 2, "for the first token, which has no state to go on from, and for the steps"
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
     change(twin)

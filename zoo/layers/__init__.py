@@ -9,7 +9,15 @@ from zoo.layers.layer_scale import LayerScale, LayerScale2d, fold_layer_scale
 from zoo.layers.linear import TruncNormalLinear
 from zoo.layers.mlp import Mlp
 from zoo.layers.norm import LayerNorm2d
-from zoo.layers.packed import PackedConv2d, PackedLinear, fuse_activation, is_hooked, is_plain_inference, pack
+from zoo.layers.packed import (
+    PackedConv2d,
+    PackedLinear,
+    fuse_activation,
+    has_hooks,
+    is_hooked,
+    is_plain_inference,
+    pack,
+)
 from zoo.layers.pool import GlobalPool
 from zoo.layers.squeeze_excite import FusedSqueezeExcite, SqueezeExcite
 from zoo.layers.stage import Stage
@@ -39,6 +47,7 @@ __all__ = [
     "fuse_activation",
     "fuse_batch_norm",
     "fuse_pairs",
+    "has_hooks",
     "is_hooked",
     "is_plain_inference",
     "pack",

@@ -18,7 +18,7 @@ from zoo.layers.linear import PointLinear
 # many multiply-accumulates on; from fewer for a linear layer with an activation, which then takes no pass of its own;
 # and from this many numbers in the weight of a linear layer, however few the rows. With AVX2 alone, and on Intel's
 # processors with AMX, for which its MKL is written, oneDNN is no faster than BLAS at matrix products that leave BLAS
-# little to rearrange, and pays later; with AMX never for few rows.
+# little to rearrange, and pays later; with AMX never for few rows, where packing only rearranges the weight for BLAS.
 _MIN_MACS = 2e6
 _HAS_AMX = torch.cpu._is_amx_tile_supported()
 _MIN_LINEAR_MACS = 5e7 if _HAS_AMX else 2.5e7 if torch.backends.cpu.get_cpu_capability() == "AVX2" else _MIN_MACS
@@ -185,9 +185,9 @@ class PackedLinear(nn.Linear):
 
     @torch.jit.unused
     def add_to(self, total: Tensor, input: Tensor) -> Tensor:
-        """``total += layer(input)``, ``[N, Cout]`` and ``[N, Cin]``, with the checks of :meth:`run`; returns ``total``.
+        """``total += layer(input)``, ``[N, Cout]`` and ``[N, Cin]``, where :meth:`run` may be called; gives ``total``.
 
-        BLAS adds to what it finds. A linear layer by itself has to fill its output with the bias before.
+        BLAS adds to what it finds. A linear layer by itself has to fill its output with the bias first.
         """
         if is_hooked(self):
             return total.add_(self(input))
@@ -255,14 +255,18 @@ def is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of this module does more than its class's forward pass."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of this module does more than its class's forward pass, hooks on all modules apart."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or "forward" in module.__dict__  # as some put another in its place
-        or _has_any_global_hook()
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of this module does more than its class's forward pass."""
+    return has_hooks(module) or _has_any_global_hook()
 
 
 def fuse_activation(module: nn.Module, act: str, *layers: str) -> None:

@@ -130,6 +130,11 @@ class AttentionBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """A copy of a map, ``[B, H, W, dim]``, as ``[B * H * W, dim]``, contiguous, to be written over."""
+    return x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
+
+
 def run_norm(norm: nn.Module, rows: Tensor) -> Tensor:
     """``norm(rows)``, where the rows are written over later; a hook sees a copy of them."""
     if type(norm) is nn.LayerNorm and not is_hooked(norm):
@@ -148,7 +153,7 @@ class FusedBlock(nn.Module):
             return self._compute(x)
         else:  # TorchScript does not compile this branch
             if is_plain_inference(x, x):
-                return self._run(x.flatten(0, 2).clone(), x.shape).view(x.shape)
+                return self._run(rows_of(x), x.shape).view(x.shape)
             return self._compute(x)
 
     @torch.jit.unused
@@ -259,7 +264,7 @@ class ChannelsLastStage(Stage):
 
     @torch.jit.unused
     def _run_blocks(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 2).clone()
+        rows = rows_of(x)
         for block in self.blocks:
             rows = block.run(rows, x.shape)  # type: ignore[operator]
         return rows.view(x.shape)

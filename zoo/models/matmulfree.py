@@ -13,7 +13,6 @@ Differs from it:
 """
 
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from zoo.errors import ConfigError
 from zoo.families.matmulfree import MatMulFreeConfig
-from zoo.layers import BitLinear, PackedBitLinear, alike, is_hooked
+from zoo.layers import BitLinear, PackedBitLinear, alike, has_hooks
 from zoo.models._causal_lm import CausalLM, Trunk, TrunkCache, TrunkOutput
 from zoo.ops.bit_linear import choose as choose_bit_linear
 from zoo.ops.bit_linear import cpu, is_unobserved
@@ -118,6 +117,8 @@ class MatMulFreeTrunk(Trunk):
 
     attributes = {"_no_split_modules": ["MatMulFreeBlock"], "_is_stateful": True}
 
+    _floors: Any = (None, 0, None)  # the bounds they were made of, by how many threads, the floors
+
     def __init__(self, config: MatMulFreeConfig) -> None:
         super().__init__(config)
         depth, width = config.num_hidden_layers, config.hidden_size
@@ -126,7 +127,6 @@ class MatMulFreeTrunk(Trunk):
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(alike(MatMulFreeBlock, config) for _ in range(depth))
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self._blocks: _PackedBlocks | None = None
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.lower_bounds)
@@ -185,114 +185,66 @@ class MatMulFreeTrunk(Trunk):
             or not cpu.EXTENSION.ready
             or choose_bit_linear.forced()
             or choose_scan.forced()
-            or any(each.device.type != "cpu" or each.dtype is not torch.float32 for each in (x, *states))
+            or _has_any_global_hook()
         ):
             return None
-        if self._blocks is None or not self._blocks.are_those_of(self):
-            self._blocks = _PackedBlocks.of(self)
-        return None if self._blocks is None else self._blocks.step(x, states, self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_blocks": None}
-
-
-class _PackedBlocks:
-    """What ``matmulfree_step`` takes of a trunk's blocks, kept from token to token: finding it is an eighth of a step.
-
-    A model's parts may be replaced at any time, and are compared with those that were found.
-    """
-
-    def __init__(self, trunk: MatMulFreeTrunk, layers: list[Tensor], norms: list[Tensor], eps: tuple[float, float]):
-        self.layers, self.norms, self.eps = layers, norms, eps
-        modules: list[Any] = list(trunk.layers.modules())
-        self._modules, self._types = modules, list(map(type, modules))
-        held = [of for module in modules for of in (module._modules, module._parameters, module._buffers)]
-        self._held = [of for of in held if of]
-        self._values = [value for of in self._held for value in of.values()]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-        self._own = [module.__dict__ for module in modules]
-        self._norms = [module for module in modules if type(module) is nn.RMSNorm]
-        self._norms_eps = [norm.eps for norm in self._norms]
-        self._norms_weights: list[Any] = [norm._parameters["weight"] for norm in self._norms]
-        self._floors: Any = (None, None, None)  # what they were made of, held so that its address stays its own
-
-    @classmethod
-    def of(cls, trunk: MatMulFreeTrunk) -> "_PackedBlocks | None":
-        """None where one call cannot take the blocks' place."""
-        layers: list[Tensor] = []
-        norms: list[Tensor] = []
-        epsilons = set()
-        for block in trunk.layers:
-            found = _step_tensors(block)
-            if found is None:
+        layers: list[Any] = []
+        norms: list[Any] = []
+        norm_eps: set[Any] = set()
+        layer_eps: set[Any] = set()
+        for block in self.layers:
+            if not _add_step_tensors(block, layers, layer_eps, norms, norm_eps):
                 return None
-            layers += found[0]
-            norms += found[1]
-            epsilons |= found[2]
-        return cls(trunk, layers, norms, *epsilons) if len(epsilons) == 1 else None
+        floors = self._kept_floors()
+        if floors is None or len(norm_eps) != 1 or len(layer_eps) != 1 or None in norm_eps:
+            return None  # torch's own epsilon goes by the dtype
+        return cpu.matmulfree_step(x, states, floors, layers, norms, *norm_eps, *layer_eps)
 
-    def are_those_of(self, trunk: MatMulFreeTrunk) -> bool:
-        """Whether the trunk's blocks consist of the same parts, and nobody looks into them."""
-        values = [value for of in self._held for value in of.values()]
-        return (
-            trunk._modules["layers"] is self._modules[0]
-            and len(values) == len(self._values)
-            and all(map(operator.is_, values, self._values))
-            and list(map(type, self._modules)) == self._types
-            and [norm.eps for norm in self._norms] == self._norms_eps
-            and all(weight.dtype is torch.float32 and weight.is_cpu for weight in self._norms_weights)
-            and not any(self._hooks)
-            and not any("forward" in own for own in self._own)
-            and not _has_any_global_hook()
-        )
-
-    def step(self, x: Tensor, states: list[Tensor], trunk: MatMulFreeTrunk) -> tuple[Tensor, list[Tensor]] | None:
-        bounds = trunk.lower_bounds
+    def _kept_floors(self) -> Tensor | None:
+        """:meth:`floors`, kept from token to token, as they take as long as a block; None unless float32 on a CPU."""
+        made_of, threads, floors = self._floors
+        bounds = self.lower_bounds
         if bounds.dtype is not torch.float32 or not bounds.is_cpu:
             return None
-        version = None if bounds.is_inference() else bounds._version
-        made_of, floors, _ = self._floors
-        key = (bounds.data_ptr(), version, torch.get_num_threads())
-        if made_of != key or version is None:
-            floors = trunk.floors().contiguous()
-            self._floors = (key, floors, bounds.detach())
-        return cpu.matmulfree_step(x, states, floors, self.layers, self.norms, *self.eps)
+        # With other threads torch's softmax divides the work otherwise, which may change the last bit.
+        if floors is None or threads != torch.get_num_threads() or not torch.equal(made_of, bounds):
+            threads, floors = torch.get_num_threads(), self.floors().contiguous()
+            self._floors = (bounds.detach().clone(), threads, floors)
+        return floors
 
 
-def _step_tensors(block: Any) -> tuple[list[Tensor], list[Tensor], set[tuple[float, float]]] | None:
-    """What ``matmulfree_step`` wants of a block: layers, norms, and each pair of their epsilons.
+def _add_step_tensors(block: Any, layers: list[Any], layer_eps: set[Any], norms: list[Any], norm_eps: set[Any]) -> bool:
+    """Add what ``matmulfree_step`` wants of a block: the tensors of layers and norms, and their epsilons.
 
-    None where it could not take the block's place.
+    This runs for each block and token, and looks modules up where they are kept, since attributes take their time.
+
+    Returns:
+        Whether that could take the block's place.
     """
     if type(block) is not MatMulFreeBlock:
-        return None
-    of: Any = block._modules  # looked up here, as attributes of modules take their time
-    attn, mlp = of["attn"], of["mlp"]
+        return False
+    parts: Any = block._modules
+    attn, mlp = parts["attn"], parts["mlp"]
     if type(attn) is not GatedRecurrence or type(mlp) is not GatedMlp:
-        return None
-    layers: list[Any] = [attn._modules[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
-    layers += [mlp._modules["gate_proj"], mlp._modules["down_proj"]]
-    if any(type(layer) is not PackedBitLinear for layer in layers):
-        return None
-    norms: list[Any] = [of["attn_norm"], of["mlp_norm"], attn._modules["g_norm"]]
-    inner: list[Any] = [layer._modules["norm"] for layer in layers]
-    if any(type(norm) is not nn.RMSNorm for norm in (*norms, *inner)):
-        return None
-    if any(map(is_hooked, (block, attn, mlp, *layers, *norms))):
-        return None
-    weights = [norm._parameters["weight"] for norm in norms]
-    tensors = []
-    for layer, norm in zip(layers, inner, strict=True):
-        tensors += [layer._buffers["packed"], layer._buffers["scale"], norm._parameters["weight"]]
-    floats = (*weights, *tensors[1::3], *tensors[2::3])
-    if any(each is None or each.dtype is not torch.float32 for each in floats):
-        return None
-    if not all(each.is_cpu and each.is_contiguous() for each in (*floats, *tensors[::3])):
-        return None
-    outer_eps = {norm.eps for norm in norms}
-    if None in outer_eps:  # torch's own, by the dtype
-        return None
-    return tensors, weights, {(one, two.eps or 0.0) for one in outer_eps for two in inner}
+        return False
+    if has_hooks(block) or has_hooks(attn) or has_hooks(mlp):
+        return False
+    mixer, channels = attn._modules, mlp._modules
+    for norm in (parts["attn_norm"], parts["mlp_norm"], mixer["g_norm"]):
+        if type(norm) is not nn.RMSNorm or has_hooks(norm) or norm._parameters["weight"] is None:
+            return False
+        norms.append(norm._parameters["weight"])
+        norm_eps.add(norm.eps)
+    mixing = [mixer[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
+    for layer in (*mixing, channels["gate_proj"], channels["down_proj"]):
+        if type(layer) is not PackedBitLinear or has_hooks(layer):
+            return False
+        norm, tensors = layer._modules["norm"], layer._buffers
+        if type(norm) is not nn.RMSNorm:
+            return False
+        layers += (tensors["packed"], tensors["scale"], norm._parameters["weight"])
+        layer_eps.add(norm.eps or 0.0)
+    return True
 
 
 def _from_hgrn_bit(values: Mapping[str, Any]) -> dict[str, Any]:

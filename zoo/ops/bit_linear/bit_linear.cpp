@@ -666,22 +666,43 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t tokens, in
   }
 }
 
+// Whether all that matmulfree_step takes fits together.
+bool step_fits(const Tensor& x, at::TensorList states, const Tensor& floors, at::TensorList layers, at::TensorList norms) {
+  const int64_t blocks = states.size(), width = x.size(1);
+  if (!is_float(x) || !is_float(floors) || !floors.is_contiguous() || floors.numel() != blocks * width) return false;
+  const auto is_weight = [](const Tensor& weight, int64_t columns) {
+    return is_float(weight) && weight.is_contiguous() && weight.dim() == 1 && weight.numel() == columns;
+  };
+  const int64_t mlp = blocks ? layers[17].numel() : 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (!is_float(states[block]) || states[block].sizes() != x.sizes()) return false;
+    for (int i = 0; i < 3; ++i)
+      if (!is_weight(norms[3 * block + i], width)) return false;
+    for (int i = 0; i < 6; ++i) {
+      const Tensor* of = &layers[18 * block + 3 * i];
+      const int64_t rows = i == 4 ? 2 * mlp : width, columns = i == 5 ? mlp : width;
+      if (!of[0].is_contiguous() || !of[2].is_contiguous() || !fits(of[0], of[1], of[2], rows, columns)) return false;
+    }
+  }
+  return true;
+}
+
 // Blocks of MatMul-free LM for one new token of each row, as MatMulFreeBlock.forward computes them, with packed layers:
 // in one call, since starting some thirty operators for each takes longer than they do.
 //
 // x is [B, D]; so are the states, one for each block; floors is [L, D]. Of each of a block's i_proj, f_proj, g_proj,
 // o_proj, gate_proj and down_proj there are the packed weights, the scale and the norm's weight; norms are those of the
-// two mixers' inputs and of the gate. Gives the last block's output and the states after the token. `operators`: all but
-// the products by torch's operators, to compare with.
+// two mixers' inputs and of the gate. Gives the last block's output and the states after the token; no states where a
+// tensor is not on the CPU, contiguous and of its size and dtype. `operators`: all but the products by torch's operators,
+// to compare with.
 std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::TensorList states, const Tensor& floors,
                                                         at::TensorList layers, at::TensorList norms, double norm_eps,
                                                         double layer_eps, bool operators) {
-  const bool quick = !operators && is_as_torch();
   const int64_t blocks = states.size(), tokens = x.size(0), width = x.size(1), numbers = x.numel();
   TORCH_CHECK(int64_t(layers.size()) == 18 * blocks && int64_t(norms.size()) == 3 * blocks,
               "matmulfree_step: expected six layers and three norms for each of ", blocks, " blocks");
-  TORCH_CHECK(is_float(x) && is_float(floors) && floors.is_contiguous() && floors.numel() == blocks * width,
-              "matmulfree_step: the floors do not fit");
+  if (!step_fits(x, states, floors, layers, norms)) return {x, {}};
+  const bool quick = !operators && is_as_torch();
   Tensor out = x.clone(at::MemoryFormat::Contiguous);
   std::vector<Tensor> after;
   if (numbers == 0 || blocks == 0) return {out, states.vec()};
@@ -694,23 +715,16 @@ std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::Ten
   for (int64_t block = 0; block < blocks; ++block) {
     const auto layer = [&](int i, int64_t rows, float* target) {
       const Tensor* of = &layers[18 * block + 3 * i];
-      const bool whole = of[0].is_contiguous() && of[2].is_contiguous();
-      TORCH_CHECK(whole && fits(of[0], of[1], of[2], rows, i == 5 ? mlp : width), "matmulfree_step: layer ", i,
-                  " of block ", block, " does not fit");
       return Layer(of[0], of[1], of[2], rows, target);
     };
     const auto multiply = [&](at::ArrayRef<Layer> some, const float* input, int64_t columns) {
       multiply_tokens(k, some, input, tokens, columns, float(layer_eps));
     };
     const auto norm = [&](int i, const float* input, float* target) {
-      const Tensor& weight = norms[3 * block + i];
-      TORCH_CHECK(is_float(weight) && weight.is_contiguous() && weight.numel() == width, "matmulfree_step: norm ", i,
-                  " of block ", block, " does not fit");
-      rms_norm(input, weight.const_data_ptr<float>(), float(norm_eps), tokens, width, target, quick);
+      const float* weight = norms[3 * block + i].const_data_ptr<float>();
+      rms_norm(input, weight, float(norm_eps), tokens, width, target, quick);
     };
     const Tensor state_before = states[block].contiguous();
-    TORCH_CHECK(is_float(state_before) && state_before.sizes() == x.sizes(), "matmulfree_step: the state of block ",
-                block, " does not fit");
     norm(0, stream, mixed);
     multiply({layer(0, width, value), layer(1, width, forget), layer(2, width, gate)}, mixed, width);
     silu(value, numbers, quick);

@@ -49,7 +49,7 @@ def matmulfree_step(
     norm_eps: float,
     layer_eps: float,
     operators: bool = False,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor]] | None:
     """L blocks of MatMul-free LM for one new token of each row; all is float32 on the CPU, but packed weights.
 
     Args:
@@ -64,7 +64,9 @@ def matmulfree_step(
         operators: Compute all but the products by torch's operators, which is slower and should be the same.
 
     Returns:
-        What the last block makes of ``x``, and the states after the token.
+        What the last block makes of ``x``, and the states after the token; None where a tensor is of another device or
+        dtype, or not contiguous.
     """
     step = torch.ops.zoo_cpu.matmulfree_step.default
-    return step(x, states, floors, layers, norms, norm_eps, layer_eps, operators)
+    x, after = step(x, states, floors, layers, norms, norm_eps, layer_eps, operators)
+    return (x, after) if after else None
