@@ -57,7 +57,7 @@ constexpr int64_t kBlockBytes = 96 * 1024;  // of packed weights that all tokens
 constexpr int kMaxTokens = 4;
 constexpr int64_t kMaxInputs = 1 << 17;  // up to which sums are exact
 // Bytes of packed weights that are asked of memory ahead of their use with one token, when nothing else covers the wait:
-// the processor itself looks no further than the page's end. Where rows are read two at a time, it is the next two.
+// the processor itself looks no further than the page's end.
 constexpr int64_t kAhead = 4096;
 
 int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlign; }
@@ -66,14 +66,15 @@ int64_t padded(int64_t columns) { return (columns + kAlign - 1) / kAlign * kAlig
 using RowKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int64_t stride,
                            int32_t (*sums)[4]);
 
-// The same of four packed rows, one after the other in memory, and one token: sums[row][i].
-using FourKernel = void (*)(const uint8_t* packed, int64_t columns, const int8_t* codes, int32_t (*sums)[4]);
+// The same of four packed rows, `apart` bytes from one to the next, and one token: sums[row][i].
+using FourKernel = void (*)(const uint8_t* packed, int64_t apart, int64_t columns, const int8_t* codes, int32_t (*sums)[4]);
 
 struct Kernels {
   const char* name;
   int tokens;                  // at most, at once
   RowKernel rows[kMaxTokens];  // for 1, 2, ... tokens
   FourKernel four = nullptr;   // where that is quicker than a row at a time
+  bool streams = false;        // whether the four are read at once, from four parts of what a thread reads
 };
 
 template <int kTokens>
@@ -179,6 +180,12 @@ constexpr Kernels kAvxVnni{"AVX-VNNI", 2, {rows_avx_vnni<1>, rows_avx_vnni<2>}};
 
 #define ZOO_AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) inline
 
+// Adds dot products of four codes and four activations to each of sixteen sums. GCC copies the sums at every use of the
+// intrinsic, which takes up to a third of the time.
+ZOO_AVX512_VNNI void dot(__m512i& sums, __m512i codes, __m512i activations) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(activations));
+}
+
 // The sums of one packed row and one token. GCC keeps a struct in registers, but not an array.
 struct Sums512 {
   __m512i s0, s1, s2, s3;
@@ -186,10 +193,10 @@ struct Sums512 {
   // Nothing is shifted: the codes of the second to fourth row count 4, 16 and 64 times, and those of the fourth meet the
   // activations together with the other three, whose sums are subtracted in the end. That wraps around and comes out right.
   ZOO_AVX512_VNNI void add(__m512i w, __m512i a) {
-    s0 = _mm512_dpbusd_epi32(s0, _mm512_and_si512(w, _mm512_set1_epi8(0x03)), a);
-    s1 = _mm512_dpbusd_epi32(s1, _mm512_and_si512(w, _mm512_set1_epi8(0x0c)), a);
-    s2 = _mm512_dpbusd_epi32(s2, _mm512_and_si512(w, _mm512_set1_epi8(0x30)), a);
-    s3 = _mm512_dpbusd_epi32(s3, w, a);
+    dot(s0, _mm512_and_si512(w, _mm512_set1_epi8(0x03)), a);
+    dot(s1, _mm512_and_si512(w, _mm512_set1_epi8(0x0c)), a);
+    dot(s2, _mm512_and_si512(w, _mm512_set1_epi8(0x30)), a);
+    dot(s3, w, a);
   }
 
   // Four numbers in each of four lanes, which are what is left to add.
@@ -259,44 +266,41 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void rows_avx512
 
 // What is left to add of a row takes a third of its time, so that four share that. Memory is read in order.
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_avx512_vnni(
-    const uint8_t* packed, int64_t columns, const int8_t* codes, int32_t (*sums)[4]) {
+    const uint8_t* packed, int64_t apart, int64_t columns, const int8_t* codes, int32_t (*sums)[4]) {
   __m512i row[4];
-  for (int i = 0; i < 4; ++i) row[i] = row_avx512_vnni(packed + i * columns, columns, codes);
+  for (int i = 0; i < 4; ++i) row[i] = row_avx512_vnni(packed + i * apart, columns, codes);
   store_sums(add_lanes(add_lanes(row[0], row[1]), add_lanes(row[2], row[3])), sums);
 }
 
-// The same, two rows at a time. Intel's processors read two streams faster than one from memory, AMD's do not.
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_in_pairs_avx512_vnni(
-    const uint8_t* packed, int64_t columns, const int8_t* codes, int32_t (*sums)[4]) {
+// The same, all four rows at once. Intel's processors read several streams faster than one from memory, AMD's do not.
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_streams_avx512_vnni(
+    const uint8_t* packed, int64_t apart, int64_t columns, const int8_t* codes, int32_t (*sums)[4]) {
   const __m512i zero = _mm512_setzero_si512();
-  __m512i row[4];
-  for (int i = 0; i < 4; i += 2) {
-    Sums512 first{zero, zero, zero, zero}, second = first;
-    const uint8_t *one = packed + i * columns, *two = one + columns;
-    int64_t k = 0;
-    for (; k + 64 <= columns; k += 64) {
-      prefetch(one + k + 2 * columns), prefetch(two + k + 2 * columns);
-      const __m512i a = _mm512_load_si512(codes + k);
-      first.add(_mm512_loadu_si512(one + k), a);
-      second.add(_mm512_loadu_si512(two + k), a);
-    }
-    if (k < columns) {
-      const __mmask64 inside = (uint64_t{1} << (columns - k)) - 1;
-      const __m512i a = _mm512_load_si512(codes + k);
-      first.add(_mm512_maskz_loadu_epi8(inside, one + k), a);
-      second.add(_mm512_maskz_loadu_epi8(inside, two + k), a);
-    }
-    row[i] = first.lanes(), row[i + 1] = second.lanes();
+  Sums512 s0{zero, zero, zero, zero}, s1 = s0, s2 = s0, s3 = s0;
+  const uint8_t *row0 = packed, *row1 = row0 + apart, *row2 = row1 + apart, *row3 = row2 + apart;
+  const auto add = [&](int64_t k, __mmask64 inside)
+      __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
+    const __m512i a = _mm512_load_si512(codes + k);
+    s0.add(_mm512_maskz_loadu_epi8(inside, row0 + k), a);
+    s1.add(_mm512_maskz_loadu_epi8(inside, row1 + k), a);
+    s2.add(_mm512_maskz_loadu_epi8(inside, row2 + k), a);
+    s3.add(_mm512_maskz_loadu_epi8(inside, row3 + k), a);
+  };
+  int64_t k = 0;
+  for (; k + 64 <= columns; k += 64) {
+    prefetch(row0 + k + kAhead), prefetch(row1 + k + kAhead), prefetch(row2 + k + kAhead), prefetch(row3 + k + kAhead);
+    add(k, ~uint64_t{0});
   }
-  store_sums(add_lanes(add_lanes(row[0], row[1]), add_lanes(row[2], row[3])), sums);
+  if (k < columns) add(k, (uint64_t{1} << (columns - k)) - 1);
+  store_sums(add_lanes(add_lanes(s0.lanes(), s1.lanes()), add_lanes(s2.lanes(), s3.lanes())), sums);
 }
 
-constexpr Kernels with_four(const char* name, FourKernel four) {
-  return {name, 4, {one_avx512_vnni, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>}, four};
+constexpr Kernels with_four(const char* name, FourKernel four, bool streams) {
+  return {name, 4, {one_avx512_vnni, rows_avx512_vnni<2>, rows_avx512_vnni<3>, rows_avx512_vnni<4>}, four, streams};
 }
 
-constexpr Kernels kAvx512Vnni = with_four("AVX-512 VNNI", four_avx512_vnni);
-constexpr Kernels kAvx512VnniPairs = with_four("AVX-512 VNNI, rows in pairs", four_in_pairs_avx512_vnni);
+constexpr Kernels kAvx512Vnni = with_four("AVX-512 VNNI", four_avx512_vnni, false);
+constexpr Kernels kAvx512VnniStreams = with_four("AVX-512 VNNI, four streams", four_streams_avx512_vnni, true);
 
 #endif
 
@@ -305,7 +309,7 @@ std::vector<const Kernels*> find_kernels() {
   std::vector<const Kernels*> found;
 #if ZOO_X86
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    found = {&kAvx512Vnni, &kAvx512VnniPairs};
+    found = {&kAvx512Vnni, &kAvx512VnniStreams};
     if (__builtin_cpu_is("intel")) std::swap(found[0], found[1]);
   }
 #if ZOO_AVX_VNNI
@@ -334,16 +338,20 @@ int64_t grain(int64_t activations) { return std::max<int64_t>(1, 32768 / std::ma
 template <typename Write>
 void multiply_rows(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int64_t rows, int64_t columns,
                    const int8_t* codes, int64_t begin, int64_t end, const Write& write) {
-  for (int64_t first = begin, count = 1; first < end; first += count) {
-    int32_t sums[kMaxTokens][4];
-    count = k.four && first + 4 <= end ? 4 : 1;
-    if (count == 4)
-      k.four(packed + first * columns, columns, codes, sums);
-    else
-      k.rows[0](packed + first * columns, columns, codes, 0, sums);
-    for (int64_t r = first; r < first + count; ++r)
-      for (int i = 0; i < 4; ++i)
-        if (r + i * packed_rows < rows) write(r + i * packed_rows, sums[r - first][i]);
+  int32_t sums[kMaxTokens][4];
+  const auto put = [&](int64_t row, const int32_t* its) {
+    for (int i = 0; i < 4; ++i)
+      if (row + i * packed_rows < rows) write(row + i * packed_rows, its[i]);
+  };
+  const int64_t fours = k.four ? (end - begin) / 4 : 0, apart = k.streams ? fours : 1;
+  for (int64_t n = 0; n < fours; ++n) {
+    const int64_t first = begin + (k.streams ? n : 4 * n);
+    k.four(packed + first * columns, apart * columns, columns, codes, sums);
+    for (int i = 0; i < 4; ++i) put(first + i * apart, sums[i]);
+  }
+  for (int64_t row = begin + 4 * fours; row < end; ++row) {
+    k.rows[0](packed + row * columns, columns, codes, 0, sums);
+    put(row, sums[0]);
   }
 }
 
