@@ -19,6 +19,7 @@ from zoo import registry
 from zoo.atomic import save_safetensors
 from zoo.config import ImageConfig
 from zoo.errors import ConfigError, UnknownModelError, WeightsError
+from zoo.factory import check_device
 from zoo.models._backbone import Backbone
 from zoo.preprocessing import IMAGENET_MEAN
 from zoo.pretrained import manifest
@@ -249,6 +250,17 @@ def test_weights_need_a_real_device(file: Path) -> None:
 def test_device_and_dtype_that_do_not_exist(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         zoo.create_model(M0, **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, "'cpu'"), (1, "'cpu' or 'xpu:0'"), (8, "'cpu' or 'xpu:0' to 'xpu:7'")]
+)
+def test_devices_that_are_there_are_named(count: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = torch.device("xpu") if count else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    with pytest.raises(ConfigError, match=re.escape(f"PyTorch knows no such device; expected {expected}.")):
+        check_device("gpu")
 
 
 @pytest.mark.gpu

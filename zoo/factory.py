@@ -57,9 +57,10 @@ def check_device(device: str | torch.device | None) -> None:
     try:
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        numbers = range(torch.accelerator.device_count() if accelerator else 0)
-        there = " or ".join(["'cpu'", *(f"'{accelerator.type}:{number}'" for number in numbers if accelerator)])
+        there = "'cpu'"
+        if accelerator := torch.accelerator.current_accelerator(check_available=True):
+            last = torch.accelerator.device_count() - 1
+            there += f" or '{accelerator.type}:0'" + (f" to '{accelerator.type}:{last}'" if last else "")
         why = reason(error).partition(". ")[0]
         if why.startswith("Expected one of"):  # every kind of device that PyTorch has heard of
             why = "PyTorch knows no such device"

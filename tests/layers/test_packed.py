@@ -156,6 +156,17 @@ def test_linear(by_onednn: bool, act: nn.Module | None, monkeypatch: pytest.Monk
     assert packed.weight.grad is not None
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize(("amx", "rows", "by_onednn"), [(False, 1, True), (True, 1, False), (True, 512, True)])
+def test_few_rows_are_left_to_blas_with_amx(
+    amx: bool, rows: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.layers.packed._HAS_AMX", amx)
+    packed = PackedLinear(512, 512)
+    packed(torch.randn(rows, 512))
+    assert packed._packed[4] == by_onednn
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("act", [None, nn.GELU()])

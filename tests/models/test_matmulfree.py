@@ -275,6 +275,22 @@ def change_eps(model: Any) -> None:
     model.model.layers[0].attn.g_norm.eps = 1e-3
 
 
+def no_eps(model: Any) -> None:
+    for norm in (each for each in model.model.layers.modules() if type(each) is nn.RMSNorm):
+        norm.eps = None
+
+
+def weight_as_attribute(model: Any) -> None:
+    for norm in (model.model.layers[0].attn_norm, model.model.layers[1].mlp.down_proj.norm):
+        weight = norm.weight.detach()
+        del norm.weight
+        norm.weight = weight
+
+
+def no_weight(model: Any) -> None:
+    model.model.layers[1].attn_norm = nn.RMSNorm(model.config.hidden_size, elementwise_affine=False, eps=1e-6)
+
+
 def hook_everything(model: Any) -> None:
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     model.remove_hooks = handle.remove
@@ -304,6 +320,9 @@ def columns_first(model: Any) -> None:
         replace_forward,
         replace_norm,
         change_eps,
+        no_eps,
+        weight_as_attribute,
+        no_weight,
         hook_everything,
         new_hooks,
         half_a_norm,
@@ -329,7 +348,7 @@ def test_what_takes_the_place_of_a_part_runs(change: Callable[[Any], None], monk
     assert len(called) == 2
     assert_close(changed, whole, atol=1e-4, rtol=0)
     assert torch.equal(changed, before) == (
-        change in (wrap, replace_forward, hook_everything, new_hooks, columns_first)
+        change in (wrap, replace_forward, hook_everything, new_hooks, weight_as_attribute, columns_first)
     )
 
 
@@ -407,6 +426,35 @@ def test_steps_follow_what_changes(change: Callable[[Any], None], monkeypatch: p
     torch.manual_seed(1)
     change(model)
     assert torch.equal(last(model), after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["dtype", "width", "rows", "floors", "mlp", "inner norm"])
+def test_a_step_refuses_what_does_not_fit(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_model(hidden_size=64)
+    called = spied_steps(monkeypatch)
+    cache = model.make_cache()
+    for token in ([[1]], [[2]]):
+        model(torch.tensor(token), past_key_values=cache, use_cache=True)
+    x, states, floors, layers, norms, *epsilons = called[0]
+    assert cpu.matmulfree_step(x, states, floors, layers, norms, *epsilons) is not None
+    out, after = cpu.matmulfree_step(x[:0], [state[:0] for state in states], floors, layers, norms, *epsilons)
+    assert out.shape == (0, 64)
+    assert len(after) == 3
+    states, layers = list(states), list(layers)
+    if change == "dtype":
+        states[1] = states[1].double()
+    elif change == "width":
+        states[1] = states[1][:, :32]
+    elif change == "rows":
+        states[1] = states[1].expand(2, -1)
+    elif change == "floors":
+        floors = floors[:2]
+    elif change == "mlp":  # another width than the first block's
+        layers[18 + 15] = layers[18 + 15][:, :32].contiguous()
+    else:
+        layers[2] = layers[2].bfloat16()
+    assert cpu.matmulfree_step(x, states, floors, layers, norms, *epsilons) is None
 
 
 @torch.no_grad()

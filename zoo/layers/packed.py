@@ -256,7 +256,7 @@ def is_plain_inference(x: Tensor, weight: Tensor | None) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of this module does more than its class's forward pass, hooks on all modules apart."""
+    """Whether a call of this module does more than its class's forward pass, global hooks aside."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks

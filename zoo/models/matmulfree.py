@@ -196,8 +196,8 @@ class MatMulFreeTrunk(Trunk):
             if not _add_step_tensors(block, layers, layer_eps, norms, norm_eps):
                 return None
         floors = self._kept_floors()
-        if floors is None or len(norm_eps) != 1 or len(layer_eps) != 1 or None in norm_eps:
-            return None  # torch's own epsilon goes by the dtype
+        if floors is None or len(norm_eps) != 1 or len(layer_eps) != 1 or None in norm_eps:  # None: by the dtype
+            return None
         return cpu.matmulfree_step(x, states, floors, layers, norms, *norm_eps, *layer_eps)
 
     def _kept_floors(self) -> Tensor | None:
@@ -211,6 +211,9 @@ class MatMulFreeTrunk(Trunk):
             threads, floors = torch.get_num_threads(), self.floors().contiguous()
             self._floors = (bounds.detach().clone(), threads, floors)
         return floors
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_floors"}
 
 
 def _add_step_tensors(block: Any, layers: list[Any], layer_eps: set[Any], norms: list[Any], norm_eps: set[Any]) -> bool:
@@ -231,9 +234,9 @@ def _add_step_tensors(block: Any, layers: list[Any], layer_eps: set[Any], norms:
         return False
     mixer, channels = attn._modules, mlp._modules
     for norm in (parts["attn_norm"], parts["mlp_norm"], mixer["g_norm"]):
-        if type(norm) is not nn.RMSNorm or has_hooks(norm) or norm._parameters["weight"] is None:
+        if type(norm) is not nn.RMSNorm or has_hooks(norm):
             return False
-        norms.append(norm._parameters["weight"])
+        norms.append(norm._parameters.get("weight"))
         norm_eps.add(norm.eps)
     mixing = [mixer[name] for name in ("i_proj", "f_proj", "g_proj", "o_proj")]
     for layer in (*mixing, channels["gate_proj"], channels["down_proj"]):
@@ -242,9 +245,9 @@ def _add_step_tensors(block: Any, layers: list[Any], layer_eps: set[Any], norms:
         norm, tensors = layer._modules["norm"], layer._buffers
         if type(norm) is not nn.RMSNorm:
             return False
-        layers += (tensors["packed"], tensors["scale"], norm._parameters["weight"])
+        layers += (tensors.get("packed"), tensors.get("scale"), norm._parameters.get("weight"))
         layer_eps.add(norm.eps or 0.0)
-    return True
+    return not any(each is None for each in (*layers[-18:], *norms[-3:]))  # None: gone, or no parameter any more
 
 
 def _from_hgrn_bit(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ struct Kernels {
   int tokens;                  // at most, at once
   RowKernel rows[kMaxTokens];  // for 1, 2, ... tokens
   FourKernel four = nullptr;   // where that is quicker than a row at a time
-  bool streams = false;        // whether the four are read at once, from four parts of what a thread reads
+  bool streams = false;        // whether the four are read at once, each from a quarter of the rows at hand
 };
 
 template <int kTokens>
@@ -279,15 +279,15 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_avx512
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_streams_avx512_vnni(
     const uint8_t* packed, int64_t apart, int64_t columns, const int8_t* codes, int32_t (*sums)[4]) {
   const __m512i zero = _mm512_setzero_si512();
-  Sums512 s0{zero, zero, zero, zero}, s1 = s0, s2 = s0, s3 = s0;
+  Sums512 sums0{zero, zero, zero, zero}, sums1 = sums0, sums2 = sums0, sums3 = sums0;
   const uint8_t *row0 = packed, *row1 = row0 + apart, *row2 = row1 + apart, *row3 = row2 + apart;
   const auto add = [&](int64_t k, __mmask64 inside)
       __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"), always_inline)) {
     const __m512i a = _mm512_load_si512(codes + k);
-    s0.add(_mm512_maskz_loadu_epi8(inside, row0 + k), a);
-    s1.add(_mm512_maskz_loadu_epi8(inside, row1 + k), a);
-    s2.add(_mm512_maskz_loadu_epi8(inside, row2 + k), a);
-    s3.add(_mm512_maskz_loadu_epi8(inside, row3 + k), a);
+    sums0.add(_mm512_maskz_loadu_epi8(inside, row0 + k), a);
+    sums1.add(_mm512_maskz_loadu_epi8(inside, row1 + k), a);
+    sums2.add(_mm512_maskz_loadu_epi8(inside, row2 + k), a);
+    sums3.add(_mm512_maskz_loadu_epi8(inside, row3 + k), a);
   };
   int64_t k = 0;
   for (; k + 64 <= columns; k += 64) {
@@ -295,7 +295,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void four_stream
     add(k, ~uint64_t{0});
   }
   if (k < columns) add(k, (uint64_t{1} << (columns - k)) - 1);
-  store_sums(add_lanes(add_lanes(s0.lanes(), s1.lanes()), add_lanes(s2.lanes(), s3.lanes())), sums);
+  store_sums(add_lanes(add_lanes(sums0.lanes(), sums1.lanes()), add_lanes(sums2.lanes(), sums3.lanes())), sums);
 }
 
 constexpr Kernels with_four(const char* name, FourKernel four, bool streams) {
@@ -342,15 +342,15 @@ template <typename Write>
 void multiply_rows(const Kernels& k, const uint8_t* packed, int64_t packed_rows, int64_t rows, int64_t columns,
                    const int8_t* codes, int64_t begin, int64_t end, const Write& write) {
   int32_t sums[kMaxTokens][4];
-  const auto put = [&](int64_t row, const int32_t* its) {
+  const auto put = [&](int64_t row, const int32_t* row_sums) {
     for (int i = 0; i < 4; ++i)
-      if (row + i * packed_rows < rows) write(row + i * packed_rows, its[i]);
+      if (row + i * packed_rows < rows) write(row + i * packed_rows, row_sums[i]);
   };
-  const int64_t fours = k.four ? (end - begin) / 4 : 0, apart = k.streams ? fours : 1;
+  const int64_t fours = k.four ? (end - begin) / 4 : 0, rows_apart = k.streams ? fours : 1;
   for (int64_t n = 0; n < fours; ++n) {
     const int64_t first = begin + (k.streams ? n : 4 * n);
-    k.four(packed + first * columns, apart * columns, columns, codes, sums);
-    for (int i = 0; i < 4; ++i) put(first + i * apart, sums[i]);
+    k.four(packed + first * columns, rows_apart * columns, columns, codes, sums);
+    for (int i = 0; i < 4; ++i) put(first + i * rows_apart, sums[i]);
   }
   for (int64_t row = begin + 4 * fours; row < end; ++row) {
     k.rows[0](packed + row * columns, columns, codes, 0, sums);
@@ -703,20 +703,24 @@ bool step_fits(const Tensor& x, at::TensorList states, const Tensor& floors, at:
 //
 // x is [B, D]; so are the states, one for each block; floors is [L, D]. Of each of a block's i_proj, f_proj, g_proj,
 // o_proj, gate_proj and down_proj there are the packed weights, the scale and the norm's weight; norms are those of the
-// two mixers' inputs and of the gate. Gives the last block's output and the states after the token; no states where a
+// two mixers' inputs and of the gate. Gives the last block's output and the states after the token; no output where a
 // tensor is not on the CPU, contiguous and of its size and dtype. `operators`: all but the products by torch's operators,
 // to compare with.
-std::tuple<Tensor, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::TensorList states, const Tensor& floors,
-                                                        at::TensorList layers, at::TensorList norms, double norm_eps,
-                                                        double layer_eps, bool operators) {
+std::tuple<std::optional<Tensor>, std::vector<Tensor>> matmulfree_step(const Tensor& x, at::TensorList states,
+                                                                       const Tensor& floors, at::TensorList layers,
+                                                                       at::TensorList norms, double norm_eps,
+                                                                       double layer_eps, bool operators) {
   const int64_t blocks = states.size(), tokens = x.size(0), width = x.size(1), numbers = x.numel();
   TORCH_CHECK(int64_t(layers.size()) == 18 * blocks && int64_t(norms.size()) == 3 * blocks,
               "matmulfree_step: expected six layers and three norms for each of ", blocks, " blocks");
-  if (!step_fits(x, states, floors, layers, norms)) return {x, {}};
+  if (!step_fits(x, states, floors, layers, norms)) return {std::nullopt, {}};
   const bool quick = !operators && is_as_torch();
   Tensor out = x.clone(at::MemoryFormat::Contiguous);
   std::vector<Tensor> after;
-  if (numbers == 0 || blocks == 0) return {out, states.vec()};
+  if (numbers == 0 || blocks == 0) {
+    for (const Tensor& state : states) after.push_back(state.clone());
+    return {out, after};
+  }
   const Kernels& k = kernels(0);
   const int64_t mlp = layers[17].numel();
   std::vector<float> room(numbers * 5 + tokens * mlp * 3);
@@ -838,7 +842,7 @@ TORCH_LIBRARY_FRAGMENT(zoo_cpu, library) {
       &packed_bit_linear_at_once);
   library.def(
       "matmulfree_step(Tensor x, Tensor[] states, Tensor floors, Tensor[] layers, Tensor[] norms, float norm_eps, "
-      "float layer_eps, bool operators=False) -> (Tensor, Tensor[])",
+      "float layer_eps, bool operators=False) -> (Tensor?, Tensor[])",
       &matmulfree_step);
   library.def("quantise_activations(Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor)", &quantise_activations);
   library.def("packed_product(Tensor codes, Tensor packed, int rows, int kernels=0) -> Tensor", &packed_product);

@@ -64,9 +64,9 @@ def matmulfree_step(
         operators: Compute all but the products by torch's operators, which is slower and should be the same.
 
     Returns:
-        What the last block makes of ``x``, and the states after the token; None where a tensor is of another device or
-        dtype, or not contiguous.
+        What the last block makes of ``x``, and the states after the token; None where a tensor is of another device,
+        dtype or size, or not contiguous.
     """
     step = torch.ops.zoo_cpu.matmulfree_step.default
-    x, after = step(x, states, floors, layers, norms, norm_eps, layer_eps, operators)
-    return (x, after) if after else None
+    out, after = step(x, states, floors, layers, norms, norm_eps, layer_eps, operators)
+    return None if out is None else (out, after)
