@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
 from zoo.analysis.benchmark import torch_threads
@@ -154,6 +155,23 @@ def test_linear(by_onednn: bool, act: nn.Module | None, monkeypatch: pytest.Monk
         assert_close(torch.jit.script(packed)(x), follow(plain(x)))
     packed(x).sum().backward()
     assert packed.weight.grad is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("kind", ["pruned", "parametrised"])
+@pytest.mark.parametrize("plain", [nn.Conv2d(8, 8, 3), nn.Linear(8, 8)], ids=lambda plain: type(plain).__name__)
+def test_parameters_made_of_others(plain: nn.Module, kind: str, name: str) -> None:
+    packed = (PackedConv2d if isinstance(plain, nn.Conv2d) else PackedLinear).of(copy.deepcopy(plain))
+    plain = copy.deepcopy(plain)
+    x = torch.randn(2, 8, 8, 8)
+    packed(x)
+    for layer in (plain, packed):
+        if kind == "pruned":
+            prune.l1_unstructured(layer, name, 0.3)
+        else:
+            parametrize.register_parametrization(layer, name, nn.ReLU())
+    assert_close(packed(x), plain(x))
 
 
 @torch.inference_mode()

@@ -159,6 +159,33 @@ def test_hooks_on_fused_models_are_called(randomise: Callable) -> None:
         assert called.count(zoo.layers.PackedLinear) > 40
 
 
+class Wrapper(nn.Module):
+    """As LoRA or a sharding library puts around a layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["blocks.0", "blocks.1.norm", "blocks.1.f", "blocks.1.conv", "blocks.0.fc2"])
+def test_a_layer_in_the_place_of_another_runs(layer: str, randomise: Callable) -> None:
+    model = randomise(zoo.create_model("efficientmod_xxs"))
+    fused = copy.deepcopy(model).fuse()
+    expected = fused(images(64))
+    stage = fused.stages[0]
+    parent, _, name = layer.rpartition(".")
+    setattr(stage.get_submodule(parent), name, Wrapper(stage.get_submodule(layer)))
+    seen: list[torch.Tensor] = []
+    stage.get_submodule(layer).register_forward_hook(lambda _, args, output: seen.extend((output, output.clone())))
+    assert_same(fused(images(64)), expected)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
 @torch.no_grad()
 def test_what_hooks_on_fused_models_hold_is_not_written_over(randomise: Callable) -> None:
     fused = randomise(zoo.create_model("efficientmod_xxs")).fuse()

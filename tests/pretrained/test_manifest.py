@@ -85,6 +85,8 @@ def test_every_tag_of_every_manifest_is_listed(capsys: pytest.CaptureFixture[str
 def test_unknown_tag_names_those_there_are() -> None:
     with pytest.raises(WeightsError, match=r"no weights tagged 'r224_in1'; it has: r224_in1k.*Did you mean: r224_in1k"):
         zoo.get_weights("efficientvit_m3.r224_in1")
+    with pytest.raises(WeightsError, match=r"lowformer_b1 has no weights tagged '5'.*Did you mean: lowformer_b15\?"):
+        zoo.get_weights("lowformer_b1.5")
 
 
 def test_unknown_model_names_the_nearest() -> None:

@@ -95,4 +95,4 @@ def info(
             facts.add_row("notes", each.notes)
         out.print(facts)
     if not weights:
-        out.print("\nNo weights are published.")
+        out.print("\nNo published weights are known.")

@@ -98,7 +98,7 @@ class PackedConv2d(nn.Conv2d):
         if torch.jit.is_scripting():
             return self._convolve(input)
         else:  # TorchScript does not compile this branch
-            if is_plain_inference(input, self._parameters["weight"]):
+            if is_plain_inference(input, _own_weight(self)):
                 return self._run(input)
             return self._convolve(input)
 
@@ -171,7 +171,7 @@ class PackedLinear(nn.Linear):
         if torch.jit.is_scripting():
             return _activate(F.linear(input, self.weight, self.bias), self.act)
         else:  # TorchScript does not compile this branch
-            if is_plain_inference(input, self._parameters["weight"]):
+            if is_plain_inference(input, _own_weight(self)):
                 return self._run(input)
             return _activate(F.linear(input, self.weight, self.bias), self.act)
 
@@ -226,6 +226,11 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+
+
+def _own_weight(layer: nn.Module) -> Tensor | None:
+    """The weight; None where it or the bias is computed from others, as pruning and parametrisations do."""
+    return layer._parameters.get("weight") if "bias" in layer._parameters else None
 
 
 def _key(weight: Tensor, size: Any) -> tuple[Any, ...]:

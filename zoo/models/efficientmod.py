@@ -7,7 +7,7 @@ Where the paper's Table 8 contradicts the code and the parameter counts (the las
 Differs from the original: nothing. The block's dead options (several kernel sizes, no context) are left out.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -135,24 +135,30 @@ def rows_of(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format).flatten(0, 2)
 
 
-def run_norm(norm: nn.Module, rows: Tensor) -> Tensor:
+def run_norm(norm: nn.LayerNorm, rows: Tensor) -> Tensor:
     """``norm(rows)``, where the rows are written over later; a hook sees a copy of them."""
-    if type(norm) is nn.LayerNorm and not is_hooked(norm):
-        return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return norm(rows.clone())
+    if is_hooked(norm):
+        return norm(rows.clone())
+    return F.layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 class FusedBlock(nn.Module):
     """A block for inference, ``[B, H, W, dim] -> [B, H, W, dim]``: its layers side by side, each activation in one.
 
-    At batch 1, the modules and checks between the layers cost a tenth of the time; :meth:`run` has none.
+    At batch 1, the modules and checks between the layers cost a tenth of the time; :meth:`run` has none. Where another
+    layer has taken the place of one, all are called as modules are.
+
+    Attributes:
+        kinds: The types of the layers, in order.
     """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._compute(x)
         else:  # TorchScript does not compile this branch
-            if is_plain_inference(x, x):
+            if self._is_whole() and is_plain_inference(x, x):
                 return self._run(rows_of(x), x.shape).view(x.shape)
             return self._compute(x)
 
@@ -164,7 +170,13 @@ class FusedBlock(nn.Module):
             rows: ``[B * H * W, dim]``, as is what it returns, in their place; no hook holds either.
             shape: ``[B, H, W, dim]``.
         """
-        return self(rows.view(shape)).flatten(0, 2).clone() if is_hooked(self) else self._run(rows, shape)
+        if is_hooked(self) or not self._is_whole():
+            return self(rows.view(shape)).flatten(0, 2).clone()
+        return self._run(rows, shape)
+
+    @torch.jit.unused
+    def _is_whole(self) -> bool:
+        return tuple(map(type, self._modules.values())) == self.kinds
 
     def _run(self, rows: Tensor, shape: torch.Size) -> Tensor:
         raise NotImplementedError
@@ -175,6 +187,8 @@ class FusedBlock(nn.Module):
 
 class FusedModulationBlock(FusedBlock):
     """A :class:`ModulationBlock`, whose layer scale is folded into its last layer."""
+
+    kinds = (nn.LayerNorm, PackedLinear, PackedConv2d, PackedLinear, PackedLinear, PackedLinear)
 
     def __init__(self, block: ModulationBlock) -> None:
         super().__init__()
@@ -208,6 +222,8 @@ class FusedModulationBlock(FusedBlock):
 
 class FusedAttentionBlock(FusedBlock):
     """An :class:`AttentionBlock`."""
+
+    kinds = (nn.LayerNorm, PackedLinear, PackedLinear, nn.LayerNorm, PackedLinear, PackedLinear)
 
     def __init__(self, block: AttentionBlock) -> None:
         super().__init__()
@@ -266,7 +282,8 @@ class ChannelsLastStage(Stage):
     def _run_blocks(self, x: Tensor) -> Tensor:
         rows = rows_of(x)
         for block in self.blocks:
-            rows = block.run(rows, x.shape)  # type: ignore[operator]
+            known = isinstance(block, FusedBlock)
+            rows = block.run(rows, x.shape) if known else rows_of(block(rows.view(x.shape)))  # type: ignore[operator]
         return rows.view(x.shape)
 
 

@@ -142,7 +142,9 @@ def get_weights(name: str) -> Weights:
         if entry.tag == tag:
             return entry
     tags = [entry.tag for entry in entries]
-    raise WeightsError(f"{model} has no weights tagged {tag!r}; it has: {', '.join(tags)}.{nearest(tag, tags)}")
+    joined = f"{model}{tag}"  # the paper's LowFormer-B1.5 is lowformer_b15
+    hint = f" Did you mean: {joined}?" if is_model(joined) else nearest(tag, tags)
+    raise WeightsError(f"{model} has no weights tagged {tag!r}; it has: {', '.join(tags)}.{hint}")
 
 
 @cache
