@@ -458,6 +458,31 @@ def test_a_step_refuses_what_does_not_fit(change: str, monkeypatch: pytest.Monke
 
 
 @torch.no_grad()
+def test_padding_in_the_cache_does_not_slow_the_next_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed_model(hidden_size=64)
+    called = spied_steps(monkeypatch)
+
+    def last_two(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits of the last two tokens, one at a time after all others."""
+        cache, start, answers = model.make_cache(), 0, []
+        for end in range(tokens.shape[1] - 2, tokens.shape[1] + 1):
+            out = model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+            answers.append(out.logits[:, -1])
+            start = end
+        return torch.stack(answers[1:], 1)
+
+    tokens, mask = torch.randint(256, (2, 8)), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :3] = 0
+    together = last_two(tokens, mask)
+    assert len(called) == 2
+    assert_close(together[1:], last_two(tokens[1:, 3:], mask[1:, 3:]), atol=1e-4, rtol=0)
+    called.clear()
+    mask[1, 6] = 0
+    last_two(tokens, mask)
+    assert len(called) == 1, "a token that is padding goes through the operators, which keep the state"
+
+
+@torch.no_grad()
 def test_a_cache_that_lacks_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an interrupt leaves it: that block begins anew."""
     model = packed_model(hidden_size=64)

@@ -423,6 +423,15 @@ def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         bit_linear(**make_inputs())
 
 
+def test_kernels_that_compute_in_float32_refuse_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choose.variable, "cpu")
+    inputs = {name: value.double() for name, value in make_inputs().items()}
+    with pytest.raises(
+        ConfigError, match="ZOO_BIT_LINEAR=cpu, but it computes in float32 and the tensors are in float64"
+    ):
+        bit_linear(**inputs)
+
+
 def test_falls_back_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(_extension, "compiler", lambda: None)
     monkeypatch.delenv(choose.variable, raising=False)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import zoo
 from zoo.cli import app
 from zoo.data.text import tiny_shakespeare
-from zoo.errors import WeightsError
+from zoo.errors import ConfigError, WeightsError
 from zoo.layers import PackedBitLinear, pack_bit_linears
 from zoo.pretrained.files import read_header
 from zoo.pretrained.packed import save_packed
@@ -60,6 +60,8 @@ def test_transformers_does_not_write_it(model: Any, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="The model is packed"):
         packed.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="resize it first, then pack it"):
+        packed.resize_token_embeddings(300)
 
 
 def test_it_generates(model: Any, file: Path) -> None:

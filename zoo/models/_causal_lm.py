@@ -427,8 +427,16 @@ def _model_class(lm: CausalLM, config_class: Any, name: str) -> Any:
             else:
                 self.lm_head = new_embeddings
 
+        def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+            if self._is_packed():
+                raise ConfigError("The model is packed, which fixes its vocabulary; resize it first, then pack it.")
+            return super().resize_token_embeddings(*args, **kwargs)
+
+        def _is_packed(self) -> bool:
+            return any(isinstance(module, PackedBitLinear) for module in self.modules())
+
         def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(module, PackedBitLinear) for module in self.modules()):
+            if self._is_packed():
                 raise WeightsError(
                     "The model is packed, which no config.json says, so that from_pretrained would fill it at random; "
                     "write it with zoo.pretrained.packed.save_packed, or save() of what zoo.optimize gave."

@@ -151,6 +151,8 @@ class MatMulFreeTrunk(Trunk):
     ) -> TrunkOutput:
         tokens = x.shape[1]
         padding = None if mask is None else ~mask[:, -tokens:, None]
+        if padding is not None and padding.is_cpu and not torch.compiler.is_compiling() and not padding.any():
+            padding = None  # it lies before these tokens, in the cache
         restart = None
         if position_ids is not None and tokens > 1:  # the first token of a call goes on from the cache
             restart = F.pad(position_ids[:, 1:] == 0, (1, 0)).expand(len(x), -1)[..., None]

@@ -86,7 +86,12 @@ class Choice:
             candidate = next(each for each in self._candidates if each.name == name)
             interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, for tests
             elsewhere = candidate.device not in (None, device.type) and not interpreted
-            missing = f"the tensors are on {device.type!r}" if elsewhere else candidate.unavailable()
+            if elsewhere:
+                missing: str | None = f"the tensors are on {device.type!r}"
+            elif dtype == torch.float64 and not candidate.float64:
+                missing = "it computes in float32 and the tensors are in float64"
+            else:
+                missing = candidate.unavailable()
             if missing is not None:
                 hint = f" {candidate.hint}" if candidate.hint else ""
                 raise ConfigError(f"{self.variable}={name}, but {missing}.{hint}")
