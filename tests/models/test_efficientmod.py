@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from wrapper import Wrapper
 
 import zoo
 import zoo.layers
@@ -157,17 +158,6 @@ def test_hooks_on_fused_models_are_called(randomise: Callable) -> None:
         assert_same(fused(images(64)), expected)
         everywhere.remove()
         assert called.count(zoo.layers.PackedLinear) > 40
-
-
-class Wrapper(nn.Module):
-    """As LoRA or a sharding library puts around a layer."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from threads import torch_threads
 from torch import nn
 from torch.testing import assert_close
+from wrapper import Wrapper
 
 import zoo
 from zoo.families.matmulfree import FAMILY, MatMulFreeConfig
@@ -200,6 +201,12 @@ def spied_steps(monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Any]:
     return called
 
 
+def last_logits(model: Any, tokens: torch.Tensor, *, step: int = 1) -> torch.Tensor:
+    """Of the last token, after all before it, so many at a time."""
+    cache = model.make_cache()
+    return [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(step, 1)][-1][:, -1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("operators", [False, True])
 @pytest.mark.parametrize(
@@ -235,17 +242,6 @@ def test_packed_steps_are_those_of_the_operators(
     called.clear()
     assert torch.equal(steps()[0], fast)
     assert not called, "what the environment forces is what runs"
-
-
-class Wrapper(nn.Module):
-    """As a compiler or a sharding library puts around a block."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any) -> Any:
-        return self.inner(*args)
 
 
 class OwnBlock(MatMulFreeBlock):
@@ -334,15 +330,11 @@ def test_what_takes_the_place_of_a_part_runs(change: Callable[[Any], None], monk
     called = spied_steps(monkeypatch)
     tokens = torch.randint(256, (1, 3))
 
-    def last(step: int) -> torch.Tensor:
-        cache = model.make_cache()
-        return [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(step, 1)][-1][:, -1]
-
-    before = last(1)
+    before = last_logits(model, tokens)
     assert len(called) == 2
     change(model)
     try:
-        changed, whole = last(1), last(3)
+        changed, whole = last_logits(model, tokens), last_logits(model, tokens, step=3)
     finally:
         getattr(model, "remove_hooks", lambda: None)()
     assert len(called) == 2
@@ -409,23 +401,19 @@ def test_steps_follow_what_changes(change: Callable[[Any], None], monkeypatch: p
     monkeypatch.setattr(type(model.model), "floors", lambda trunk: made.append(trunk) or floors(trunk))
     tokens = torch.randint(256, (1, 3))
 
-    def last(model: Any, step: int = 1) -> torch.Tensor:
-        cache = model.make_cache()
-        return [model(part, past_key_values=cache, use_cache=True).logits for part in tokens.split(step, 1)][-1][:, -1]
-
-    before = last(model)
+    before = last_logits(model, tokens)
     assert len(made) == 2, "for the first token, which has no state to go on from, and for the steps"
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
     change(twin)
-    after = last(twin)
+    after = last_logits(twin, tokens)
     assert len(called) == 4
     assert not torch.equal(after, before)
-    assert_close(after, last(twin, 3), atol=1e-4, rtol=0)
-    assert torch.equal(last(model), before)
+    assert_close(after, last_logits(twin, tokens, step=3), atol=1e-4, rtol=0)
+    assert torch.equal(last_logits(model, tokens), before)
     torch.manual_seed(1)
     change(model)
-    assert torch.equal(last(model), after)
+    assert torch.equal(last_logits(model, tokens), after)
 
 
 @torch.no_grad()

@@ -75,6 +75,11 @@ class PackedBitLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def has_packed_layers(model: nn.Module) -> bool:
+    """Whether there is a :class:`PackedBitLinear` in it."""
+    return any(isinstance(module, PackedBitLinear) for module in model.modules())
+
+
 def _put(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.config import TextConfig
 from zoo.errors import ConfigError, ShapeError, WeightsError, require
-from zoo.layers.bit_linear import PackedBitLinear
+from zoo.layers.bit_linear import has_packed_layers
 from zoo.registry import families, get_family, index
 
 
@@ -428,15 +428,12 @@ def _model_class(lm: CausalLM, config_class: Any, name: str) -> Any:
                 self.lm_head = new_embeddings
 
         def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-            if self._is_packed():
+            if has_packed_layers(self):
                 raise ConfigError("The model is packed, which fixes its vocabulary; resize it first, then pack it.")
             return super().resize_token_embeddings(*args, **kwargs)
 
-        def _is_packed(self) -> bool:
-            return any(isinstance(module, PackedBitLinear) for module in self.modules())
-
         def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-            if self._is_packed():
+            if has_packed_layers(self):
                 raise WeightsError(
                     "The model is packed, which no config.json says, so that from_pretrained would fill it at random; "
                     "write it with zoo.pretrained.packed.save_packed, or save() of what zoo.optimize gave."

@@ -184,6 +184,8 @@ class MatMulFreeTrunk(Trunk):
         """
         if (
             not is_unobserved(x)
+            or not x.is_cpu
+            or x.dtype is not torch.float32
             or not cpu.EXTENSION.ready
             or choose_bit_linear.forced()
             or choose_scan.forced()

@@ -16,7 +16,7 @@ import zoo
 from zoo.atomic import save_safetensors
 from zoo.config import ModelConfig
 from zoo.errors import WeightsError, nearest
-from zoo.layers.bit_linear import BitLinear, PackedBitLinear, replace_bit_linears, replace_embeddings
+from zoo.layers.bit_linear import BitLinear, PackedBitLinear, has_packed_layers, replace_bit_linears, replace_embeddings
 from zoo.layers.embedding import Int8Embedding
 from zoo.pretrained.files import read_header
 from zoo.pretrained.load import is_pickle
@@ -38,7 +38,7 @@ def save_packed(model: nn.Module, path: str | Path, name: str, *, metadata: Mapp
     Raises:
         WeightsError: If the model is not packed, or the file cannot be written.
     """
-    if not any(isinstance(module, PackedBitLinear) for module in model.modules()):
+    if not has_packed_layers(model):
         raise WeightsError(f"{type(model).__name__} is not packed; call zoo.layers.pack_bit_linears(model) first.")
     variant, tag = split_name(name)
     described = {
